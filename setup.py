@@ -1,0 +1,58 @@
+"""Package and, on request, the ahead-of-time C++ ops (SLTRAIN_BUILD_OPS=1 with --no-build-isolation)."""
+
+import os
+
+from setuptools import find_packages, setup
+
+ext_modules, cmdclass = [], {}
+if os.environ.get("SLTRAIN_BUILD_OPS") == "1":
+    from torch.utils import cpp_extension
+
+    from sltrain_ds.ops.builder import CXX_FLAGS, LINK_FLAGS
+
+    ext_modules = [
+        cpp_extension.CppExtension(
+            "sltrain_ds.ops._C",
+            sources=sorted(f"csrc/{name}" for name in os.listdir("csrc") if name.endswith(".cpp")),
+            extra_compile_args=CXX_FLAGS,
+            extra_link_args=LINK_FLAGS,
+        )
+    ]
+    cmdclass = {"build_ext": cpp_extension.BuildExtension}
+
+setup(
+    name="sltrain_ds",
+    version="0.1.0",
+    description="SLTrain (sparse plus low-rank pretraining) as a DeepSpeed training stack",
+    long_description=open("README.md", encoding="utf-8").read() if os.path.exists("README.md") else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11,<3.14",
+    packages=[*find_packages(include=["sltrain_ds", "sltrain_ds.*"]), "sltrain_ds.csrc"],
+    # the C++ sources travel inside the wheel, so that a node can build them at first use
+    package_dir={"sltrain_ds.csrc": "csrc"},
+    package_data={"sltrain_ds.csrc": ["*.cpp", "*.h", "cuda/*"], "sltrain_ds": ["data/*.xz", "config/*.json"]},
+    install_requires=[
+        "torch>=2.11,<2.14",
+        "deepspeed>=0.19.8,<0.20",
+        "transformers>=5.17,<6",
+        "datasets>=5.2,<6",
+        "bitsandbytes>=0.50.2,<0.51",
+        "sentencepiece>=0.2.1",
+        "protobuf",  # transformers needs it for sentencepiece models without declaring it
+        "pydantic>=2.10,<3",
+        "safetensors>=0.5",
+        "numpy>=1.26",
+        "matplotlib>=3.9",
+        "tqdm",
+        "ninja",
+    ],
+    extras_require={
+        "dev": ["pytest>=8", "pytest-timeout", "ruff", "jsonschema>=4.20"],
+        "gpu": ["liger-kernel>=0.8.5"],
+        "tensorboard": ["tensorboard"],
+    },
+    entry_points={"console_scripts": ["sltrain-ds=sltrain_ds.cli:main"]},
+    ext_modules=ext_modules,
+    cmdclass=cmdclass,
+)
