@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# From a fresh clone to a trained, evaluated, exported LLaMA with SLTrain layers: bash launch/quickstart.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+install
+choose_device
+PREPARED=prepared/austen RUN=runs/quickstart CORPUS=sltrain_ds/data/austen.txt.xz
+LOG=$(mktemp) && trap 'rm -f "$LOG"' EXIT
+
+echo "== compiling the ops, and preparing tokenizer and data from the shipped corpus"
+sltrain-ds doctor --build >"$LOG" 2>&1 &
+building=$!
+[ -e $PREPARED/tokenizer/tokenizer_config.json ] ||
+  sltrain-ds tokenizer train --input $CORPUS --vocab-size 2048 --out $PREPARED/tokenizer
+sltrain-ds data prepare --input $CORPUS --tokenizer $PREPARED/tokenizer --out $PREPARED/data --val-fraction 0.05
+wait $building || { cat "$LOG" >&2; stop "the ops could not be prepared; see the lines above"; }
+
+echo "== training on $RANKS rank(s)"
+deepspeed --num_gpus "$RANKS" --module sltrain_ds.train ds_configs/quickstart.json --overwrite "$@"
+
+echo "== exporting, evaluating the exported model, drawing the report"
+sltrain-ds export $RUN/checkpoints $RUN/export
+sltrain-ds eval $RUN/export --data $PREPARED/data
+sltrain-ds summary $RUN --write
+sltrain-ds report $RUN --out $RUN/report
+sltrain-ds summary $RUN

@@ -1,0 +1,7 @@
+"""`python -m sltrain_ds.cli VERB`, where the console script is not on PATH."""
+
+import sys
+
+from sltrain_ds.cli import main
+
+sys.exit(main())

@@ -1,0 +1,47 @@
+"""Token-weighted validation loss over a fixed token budget, the same at any world size and batch size."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import distributed
+
+from sltrain_ds.loss import predicted_tokens
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    loss: float  # nats a predicted token
+    tokens: int  # predicted tokens
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.loss, 700.0))  # beyond it a double overflows
+
+
+@torch.no_grad()
+def evaluate(model, batches, device) -> Evaluation:
+    """Mean loss of `model` (an engine or a transformers model) over `batches`, summed over all ranks.
+
+    `batches` yields (batch, weight): dicts of CPU tensors, weight 0 for a repeat that only keeps ranks in step
+    (ZeRO-3 gathers in every forward pass). Sums are fp64, so neither ranks nor batch size show in the result.
+    """
+    training = model.training
+    model.eval()
+    total = torch.zeros(2, dtype=torch.float64)
+    for batch, weight in batches:
+        batch = with_labels(batch)
+        summed = model(**{k: v.to(device) for k, v in batch.items()}, num_items_in_batch=1).loss
+        if weight:
+            total += torch.tensor([summed.double().item(), predicted_tokens(batch["labels"])], dtype=torch.float64)
+    if distributed.is_initialized() and distributed.get_world_size() > 1:
+        total = total.to(device)
+        distributed.all_reduce(total)
+    model.train(training)
+    loss, tokens = total.tolist()
+    return Evaluation(loss / tokens, int(tokens))
+
+
+def with_labels(batch: dict) -> dict:
+    """The batch with "labels" (batch, sequence): its own where documents are masked, else the inputs themselves."""
+    return batch if "labels" in batch else {**batch, "labels": batch["input_ids"]}

@@ -1,0 +1,92 @@
+"""The training loop: batches in, steps, evaluations and checkpoints out."""
+
+import math
+import time
+
+import torch
+from torch import distributed
+
+from sltrain_ds import checkpoint
+from sltrain_ds.evaluate import evaluate, with_labels
+from sltrain_ds.loss import predicted_tokens
+from sltrain_ds.memory.measure import bytes_by_category
+from sltrain_ds.monitor import Metrics, Progress
+from sltrain_ds.zero.grad_norm import GradNorm
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss or the gradient norm stopped being a number; the last checkpoint is from before."""
+
+
+def train(engine, run, source, validation, start_step: int = 0, start_tokens: int = 0) -> None:
+    """Train from `start_step` to `run.sltrain.steps`.
+
+    `source` is a `BatchSource`; `validation()` yields evaluation batches anew. A step is the run's global batch:
+    `run.accumulation` micro-batches on each rank. The loss of a step is the mean over all its predicted tokens.
+    """
+    block, rank, world = run.sltrain, engine.global_rank, run.world_size
+    metrics = Metrics(run.run_dir, engine, rank, start_step if start_step else None)
+    progress = Progress(block.steps, start_step, rank)
+    grad_norm = GradNorm(engine)
+    tokens = start_tokens
+
+    def evaluation(step):
+        result = evaluate(engine, validation(), engine.device)
+        metrics.log(step, eval_loss=result.loss, eval_perplexity=result.perplexity, eval_tokens=result.tokens)
+        progress.say(f"step {step}: validation loss {result.loss:.4f}, perplexity {result.perplexity:.2f}")
+
+    if start_step == 0:
+        evaluation(0)
+    for step in range(start_step, block.steps):
+        began = time.perf_counter()
+        lr = max(group["lr"] for group in engine.optimizer.param_groups)
+        batches = [with_labels(source.micro_batch(step, i, rank, world)) for i in range(run.accumulation)]
+        counts = _summed(sum(predicted_tokens(batch["labels"]) for batch in batches), engine)
+        loss = _step(engine, batches, counts / (run.accumulation * world), grad_norm)
+        loss = _summed(loss, engine) / (run.accumulation * world)
+        tokens += run.train_batch_size * block.data.sequence_length
+        norm = grad_norm.value()
+        seconds = time.perf_counter() - began
+        memory = bytes_by_category(engine)
+        rate = run.train_batch_size * block.data.sequence_length / seconds
+        metrics.log(
+            step + 1, loss=loss, lr=lr, grad_norm=norm, tokens=tokens, tokens_per_second=rate, memory=memory
+        )
+        progress.step(loss, rate, memory["peak"])
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            progress.close()
+            raise NonFiniteLoss(
+                f"step {step + 1}: loss {loss}, gradient norm {norm}; stopped (on_nonfinite: stop). Lower the lr or set "
+                f"gradient_clipping, then --resume latest"
+            )
+        last = step + 1 == block.steps
+        if last or _due(step + 1, block.eval.every):
+            evaluation(step + 1)
+        if last or _due(step + 1, block.checkpoint.every):
+            checkpoint.save(engine, run, step + 1, tokens)
+    progress.close()
+
+
+def _step(engine, batches, tokens_a_micro_batch: float, grad_norm: GradNorm) -> float:
+    """One optimizer step; returns this rank's summed losses, each over the mean token count of a micro-batch."""
+    total = 0.0
+    for batch in batches:
+        moved = {key: value.to(engine.device, non_blocking=True) for key, value in batch.items()}
+        loss = engine(**moved, num_items_in_batch=tokens_a_micro_batch).loss
+        engine.backward(loss)
+        grad_norm.before_step()
+        engine.step()
+        total += loss.detach().double()
+    return float(total)
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _summed(value: float, engine) -> float:
+    if engine.dp_world_size == 1:
+        return float(value)
+    tensor = torch.tensor(value, dtype=torch.float64, device=engine.device)
+    distributed.all_reduce(tensor)
+    return float(tensor)

@@ -1,0 +1,104 @@
+"""The launcher's entry point: `deepspeed --num_gpus N --module sltrain_ds.train CONFIG.json`."""
+
+import argparse
+import os
+import shutil
+import sys
+import time
+
+from sltrain_ds.config import load
+from sltrain_ds.errors import UserError
+
+
+def main(argv=None) -> int:
+    """Exit code 0 when trained, 2 for what the user can put right, 1 for a loss that is no number."""
+    args = _parse(argv)
+    rank = int(os.environ.get("RANK", 0))
+    try:
+        return run(args)
+    except UserError as error:
+        if rank:
+            time.sleep(3)  # what every rank sees is rank 0's to say; the launcher ends the others meanwhile
+        print(f"sltrain-ds: error: {error}", file=sys.stderr, flush=True)
+        return 2
+
+
+def run(args) -> int:
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    run = load(args.config, overrides=args.set, world_size=world_size, check_files=True)
+    _check_run_dir(run, args)
+
+    # imported here, so that a bad config is told before torch and DeepSpeed have loaded
+    import deepspeed
+    import torch
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.utils import logger
+
+    from sltrain_ds import checkpoint, loop, models
+    from sltrain_ds.data.dataset import BatchSource
+    from sltrain_ds.files import write_json
+    from sltrain_ds.loss import use_chunked_loss
+    from sltrain_ds.zero.initialize import initialize, partitioner
+
+    if "DS_LOG_LEVEL" not in os.environ:
+        logger.setLevel("WARNING")
+    found = checkpoint.find(args.resume, run) if args.resume else None
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cpu":
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("LOCAL_SIZE", world_size))))
+    else:
+        accelerator.set_device(local_rank)
+    torch.use_deterministic_algorithms(run.sltrain.deterministic)
+    deepspeed.init_distributed()
+
+    source, validation = BatchSource(run, "train"), BatchSource(run, "validation")
+    model = models.build(run, accelerator.current_device_name(), partitioner(run))
+    if run.sltrain.loss == "chunked":
+        use_chunked_loss(model)
+    engine, *_ = initialize(model=model, config=run)
+    start = checkpoint.resume(engine, run, found) if found else (0, 0)
+    if engine.global_rank == 0:
+        write_json(run.run_dir / "config.json", run.to_json())
+    try:
+        loop.train(engine, run, source, validation.evaluation_batches, *start)
+    except loop.NonFiniteLoss as error:
+        if engine.global_rank == 0:
+            print(f"sltrain-ds: {error}", file=sys.stderr, flush=True)
+        return 1
+    finally:
+        engine.destroy()
+    return 0
+
+
+def _parse(argv):
+    parser = argparse.ArgumentParser(prog="sltrain_ds.train", description=__doc__)
+    parser.add_argument("config", help="the JSON of the run, see ds_configs/")
+    parser.add_argument("--set", action="append", default=[], metavar="a.b.c=value", help="override a key of the JSON")
+    parser.add_argument("--resume", metavar="latest|PATH", help="go on from a checkpoint")
+    parser.add_argument("--overwrite", action="store_true", help="start anew in a run directory that holds a run")
+    parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher")
+    return parser.parse_args(argv)
+
+
+def _check_run_dir(run, args) -> None:
+    if args.resume:
+        return
+    if (run.run_dir / "metrics.jsonl").exists() and int(os.environ.get("RANK", 0)) == 0:
+        if not args.overwrite:
+            raise UserError(
+                f"sltrain.run_dir: {run.run_dir} holds a run already; add --resume latest to go on with it, "
+                "--overwrite to start anew, or --set sltrain.run_dir=DIR"
+            )
+        # only what a run writes there: the directory is the user's own
+        for name in ("metrics.jsonl", "config.json", "baselines.json"):
+            (run.run_dir / name).unlink(missing_ok=True)
+        for name in ("export", "report"):
+            shutil.rmtree(run.run_dir / name, ignore_errors=True)
+        for old in run.checkpoint_dir.glob("step_*"):
+            shutil.rmtree(old)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
