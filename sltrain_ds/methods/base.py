@@ -1,0 +1,60 @@
+"""What every method's layer offers the rest of the house, and what the registry knows of a method."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+
+class MethodLinear(nn.Module):
+    """A layer that a method puts in place of an ``nn.Linear``.
+
+    Attributes: in_features, out_features, bias (Parameter (out,) or None), layer_name (canonical dotted name, kept at convert).
+    ``roles`` maps a parameter's own name to "factors", "sparse" or "dense"; what is not named is "dense".
+    """
+
+    roles: ClassVar[dict[str, str]] = {}
+
+    in_features: int
+    out_features: int
+    layer_name: str
+
+    def dense_weight(self) -> torch.Tensor:
+        """Merged W (out, in), without gradient, in the parameters' dtype; built anew at every call."""
+        raise TypeError(f"{type(self).__name__} does not define dense_weight")
+
+    def dense_sparse(self) -> torch.Tensor | None:
+        """S alone as (out, in), without gradient, or None where the method has no sparse part."""
+        return None
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Initial values, from the (CPU) generator alone: drawn in fp32, then cast, so device and dtype do not change them."""
+        raise TypeError(f"{type(self).__name__} does not define reset_parameters")
+
+    def flops_per_token(self) -> int:
+        """Forward multiply-adds x 2 of one token."""
+        return 2 * self.in_features * self.out_features
+
+
+@dataclass(frozen=True)
+class Method:
+    """A registry entry: ``config`` is the method's dataclass, ``layer`` its MethodLinear, None where nn.Linear stays."""
+
+    name: str
+    config: type
+    layer: type[MethodLinear] | None
+
+
+def uniform(shape, bound: float, generator: torch.Generator | None) -> torch.Tensor:
+    """fp32 CPU values in U(-bound, bound). Made without torch's factories, which ``deepspeed.zero.Init`` patches to cast."""
+    import numpy as np
+
+    return torch.from_numpy(np.empty(shape, dtype=np.float32)).uniform_(-bound, bound, generator=generator)
+
+
+def normal(shape, std: float, generator: torch.Generator | None) -> torch.Tensor:
+    """fp32 CPU values in N(0, std^2), made as ``uniform`` makes them."""
+    import numpy as np
+
+    return torch.from_numpy(np.empty(shape, dtype=np.float32)).normal_(0.0, std, generator=generator)

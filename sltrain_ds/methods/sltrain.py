@@ -1,0 +1,217 @@
+"""SLTrain (Han et al., NeurIPS 2024): W = s B A + S, s = alpha / rank, S on a random fixed support."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from sltrain_ds.errors import UserError
+from sltrain_ds.methods.base import MethodLinear, uniform
+from sltrain_ds.ops import sltrain_linear, sparse, support
+
+
+@dataclass(frozen=True)
+class SLTrainConfig:
+    """rank r, density (the paper's delta, in (0, 1]; 0 leaves no sparse part), alpha; target_modules None: the architecture's own."""
+
+    rank: int
+    density: float
+    alpha: float
+    support_seed: int = 0
+    target_modules: tuple[str, ...] | None = None
+
+    def __post_init__(self):
+        check_number("rank", self.rank, integer=True, low=1)
+        check_number("density", self.density, low=0, high=1)
+        check_number("alpha", self.alpha, above=0)
+        check_number("support_seed", self.support_seed, integer=True, low=0, high=2**63 - 1)
+
+    def make(self, linear: nn.Linear, layer_name: str, **factory):
+        return SLTrainLinear(
+            linear.in_features,
+            linear.out_features,
+            rank=self.rank,
+            density=self.density,
+            alpha=self.alpha,
+            bias=linear.bias is not None,
+            support_seed=self.support_seed,
+            layer_name=layer_name,
+            **factory,
+        )
+
+
+def check_number(key, value, integer=False, low=None, high=None, above=None):
+    """Refuse a config value of the wrong type or outside its range, in one line."""
+    kinds = (int,) if integer else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value):
+        raise UserError(f"{key} must be {'an integer' if integer else 'a number'}, not {value!r}")
+    if (
+        (low is not None and value < low)
+        or (high is not None and value > high)
+        or (above is not None and value <= above)
+    ):
+        bounds = [f"at least {low}"] * (low is not None) + [f"at most {high}"] * (high is not None)
+        bounds += [f"above {above}"] * (above is not None)
+        raise UserError(f"{key} = {value} must be {' and '.join(bounds)}")
+
+
+class SLTrainLinear(MethodLinear):
+    """Drop-in for ``nn.Linear`` with W = scaling * B A + S.
+
+    Parameters A (rank, in), B (out, rank), S_values (nnz,), bias (out,) or None; buffers S_rows int32 (out + 1) and S_columns (nnz,) uint16
+    (int32 where in > 65,536). A generated support is a function of (support_seed, layer_name, out, in): not saved, drawn again and
+    checksummed before first use. A stored one (``set_stored_support``) is part of the state dict.
+    """
+
+    roles = {"A": "factors", "B": "factors", "S_values": "sparse"}  # noqa: RUF012
+
+    def __init__(
+        self,
+        in_features,
+        out_features,
+        *,
+        rank,
+        density,
+        alpha,
+        bias=False,
+        support_seed=0,
+        layer_name=None,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        SLTrainConfig(rank=rank, density=density, alpha=alpha, support_seed=support_seed)
+        self.layer_name = layer_name or ""
+        if rank > min(in_features, out_features):
+            name = f" of {layer_name}" if layer_name else ""
+            raise UserError(
+                f"rank = {rank} exceeds min(in, out) = {min(in_features, out_features)}{name}; choose a rank up to that"
+            )
+        self.in_features, self.out_features = in_features, out_features
+        self.rank, self.density, self.alpha = rank, density, alpha
+        self.scaling = alpha / rank
+        self.support_seed = support_seed
+        self.nnz = support.nnz_of(density, out_features, in_features)
+        factory = {"device": device, "dtype": dtype}
+        self.A = nn.Parameter(torch.empty(rank, in_features, **factory))
+        self.B = nn.Parameter(torch.empty(out_features, rank, **factory))
+        self.S_values = nn.Parameter(torch.empty(self.nnz, **factory))
+        self.bias = nn.Parameter(torch.empty(out_features, **factory)) if bias else None
+        rows = torch.empty(out_features + 1, dtype=torch.int32, device=device)
+        columns = torch.empty(self.nnz, dtype=support.column_dtype(in_features), device=device)
+        self.register_buffer("S_rows", rows, persistent=False)
+        self.register_buffer("S_columns", columns, persistent=False)
+        self._stored = False
+        self._checksum = None  # of the support that belongs here, once known
+        self._checked = None  # the buffers that were last found to hold it
+        if not self.A.is_meta:
+            self.reset_parameters()
+
+    def extra_repr(self):
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, density={self.density}, "
+            f"alpha={self.alpha}, bias={self.bias is not None}"
+        )
+
+    @torch.no_grad()
+    def reset_parameters(self, generator=None):
+        """B = 0, A kaiming uniform (a = sqrt 5), S ~ U(-1/sqrt(in), 1/sqrt(in)), bias 0: the paper's section 3.3."""
+        bound = 1 / math.sqrt(self.in_features)  # which is also kaiming's for a = sqrt 5
+        self.A.copy_(uniform((self.rank, self.in_features), bound, generator))
+        self.S_values.copy_(uniform((self.nnz,), bound, generator))
+        self.B.zero_()
+        if self.bias is not None:
+            self.bias.zero_()
+
+    def forward(self, x):
+        self.ensure_support()
+        return sltrain_linear.linear(
+            x, self.A, self.B, self.S_values, self.S_rows, self.S_columns, self.scaling, self.bias
+        )
+
+    @torch.no_grad()
+    def dense_weight(self):
+        self.ensure_support()
+        W = torch.mm(self.B, self.A).mul_(self.scaling)
+        sparse.scatter_add_(W, self.S_rows, self.S_columns, self.S_values)
+        return W
+
+    @torch.no_grad()
+    def dense_sparse(self):
+        self.ensure_support()
+        S = self.S_values.new_zeros(self.out_features, self.in_features)
+        sparse.scatter_add_(S, self.S_rows, self.S_columns, self.S_values)
+        return S
+
+    # -- the support's life: a buffer may come back from to_empty, from_pretrained or the meta device as garbage
+
+    @torch._dynamo.assume_constant_result  # under torch.compile it runs once, while tracing
+    def ensure_support(self):
+        """Make sure that the buffers hold this layer's support; costs an identity check unless they were replaced."""
+        checked = self._checked
+        if checked is not None and checked[0] is self.S_rows and checked[1] is self.S_columns:
+            return True
+        return self._restore_support()
+
+    @torch.no_grad()
+    def _restore_support(self):
+        rows, columns = self.S_rows, self.S_columns
+        if rows.is_meta or isinstance(rows, torch._subclasses.FakeTensor):
+            return False
+        intact = self._checksum is not None and support.checksum(rows, columns) == self._checksum
+        if not intact and self._stored:
+            problem = support.check(rows, columns, self.out_features, self.in_features)
+            if problem:
+                raise UserError(f"the stored support of {self.layer_name or 'a layer'} is not usable: {problem}")
+            self._checksum = support.checksum(rows, columns)
+        elif not intact:
+            drawn = support.sample(self.out_features, self.in_features, self.nnz, self.support_seed, self.layer_name)
+            found = support.checksum(*drawn)
+            if self._checksum not in (None, found):
+                raise AssertionError(f"the support of {self.layer_name!r} was drawn twice and differs")
+            self._checksum = found
+            rows.copy_(drawn[0])
+            columns.copy_(drawn[1])
+        self._checked = (rows, columns)
+        return True
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        if self._checksum is not None:
+            self.ensure_support()  # at once, since a compiled forward does not look again
+        return self
+
+    def set_stored_support(self, rows, columns):
+        """Take an imported support: int32 (out + 1) row pointers and sorted columns, kept in the state dict from now on."""
+        columns = columns.to(support.column_dtype(self.in_features)) if columns.dtype != torch.uint16 else columns
+        rows = rows.to(torch.int32)
+        problem = support.check(rows, columns, self.out_features, self.in_features)
+        if not problem and columns.numel() != self.nnz:
+            problem = f"{columns.numel()} positions for {self.nnz} values"
+        if problem:
+            raise UserError(f"the support given for {self.layer_name or 'a layer'} is not usable: {problem}")
+        self.register_buffer("S_rows", rows.to(self.S_rows.device), persistent=True)
+        self.register_buffer("S_columns", columns.to(self.S_columns.device), persistent=True)
+        self._stored, self._checksum = True, support.checksum(rows, columns)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        if f"{prefix}S_rows" in state_dict and f"{prefix}S_columns" in state_dict and not self._stored:
+            # a checkpoint of an imported support: this layer becomes a stored one
+            self._stored = True
+            self._non_persistent_buffers_set -= {"S_rows", "S_columns"}
+        if self._stored:
+            self._checksum = self._checked = None  # copied in place: look again
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def support_info(self) -> dict:
+        """{"kind", "seed", "layer_name", "generator_version", "nnz", "checksum"}: what a checkpoint keeps to tell its support."""
+        self.ensure_support()
+        return {
+            "kind": "stored" if self._stored else "generated",
+            "seed": self.support_seed,
+            "layer_name": self.layer_name,
+            "generator_version": support.GENERATOR_VERSION,
+            "nnz": self.nnz,
+            "checksum": self._checksum,
+        }

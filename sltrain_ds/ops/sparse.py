@@ -1,0 +1,21 @@
+"""The two sparse moves of the operator: scatter-add of S into W, and gather of dW at the support.
+
+The support is checked once, when it is built (``support.check``); nothing is checked here.
+"""
+
+import torch
+
+from sltrain_ds.ops import support
+
+
+def scatter_add_(W: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, values: torch.Tensor) -> None:
+    """W (out, in), contiguous, += values (nnz,) at the support, in place; each sum in fp32 (fp64), rounded once to W's dtype."""
+    flat = W.view(-1)
+    index = support.to_flat_index(rows, columns, W.shape[1])
+    wide = torch.promote_types(torch.float32, torch.promote_types(W.dtype, values.dtype))
+    flat[index] = (flat[index].to(wide) + values.to(wide)).to(W.dtype)
+
+
+def gather(W: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, out: torch.Tensor) -> None:
+    """out (nnz,) = W (out, in), contiguous, at the support, in out's dtype."""
+    out.copy_(W.view(-1)[support.to_flat_index(rows, columns, W.shape[1])])
