@@ -39,7 +39,7 @@ def skeleton(run) -> PreTrainedModel:
     config = model_config(run.sltrain.model)
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
-        return methods.get(run.sltrain.method.name).convert(model, run.sltrain.method)
+        return methods.convert(model, method_config(run.sltrain.method))
 
 
 def model_config(block) -> LlamaConfig:
@@ -48,6 +48,12 @@ def model_config(block) -> LlamaConfig:
         return AutoConfig.from_pretrained(block.path)
     fields = PRESETS[block.preset] if block.preset is not None else block.config
     return LlamaConfig(**{"use_cache": False, **fields})
+
+
+def method_config(block):
+    """What `methods.convert` takes, from a `sltrain.method` block."""
+    fields = block.model_dump(exclude={"name", "lr_scale"})
+    return methods.get(block.name).config(**fields)
 
 
 def materialise(model: PreTrainedModel, seed: int, device, dtype: torch.dtype, partition=None) -> None:

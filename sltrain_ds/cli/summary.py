@@ -1,0 +1,64 @@
+"""`sltrain-ds summary RUN_DIR`: what a run reached, beside the n-gram baselines of the same validation tokens."""
+
+import json
+from pathlib import Path
+
+from sltrain_ds.errors import UserError
+from sltrain_ds.files import write_json
+
+
+def add_parser(subparsers):
+    parser = subparsers.add_parser("summary", help="what a run reached, in a few lines")
+    parser.add_argument("run_dir", type=Path)
+    return parser
+
+
+def run(args) -> int:
+    from sltrain_ds.config import load
+    from sltrain_ds.memory.count import Shape, count, model_fields
+
+    config = args.run_dir / "config.json"
+    if not config.is_file():
+        raise UserError(f"{args.run_dir}: no config.json there; give the run directory of a run that has started")
+    settings = load(config, check_files=True).sltrain
+    evaluations = [line for line in _metrics(args.run_dir) if "eval_perplexity" in line]
+    if not evaluations:
+        raise UserError(f"{args.run_dir / 'metrics.jsonl'}: no evaluation in it yet; let the run reach its first one")
+    baselines = _baselines(args.run_dir, settings)
+    shape = Shape.of(model_fields(settings.model))
+    trained, dense = count(shape, settings.method).parameters, count(shape).parameters
+    first, last = evaluations[0], evaluations[-1]
+    print(
+        f"""
+  validation perplexity   before {first["eval_perplexity"]:.1f}   after {last["step"]} steps {last["eval_perplexity"]:.2f}
+                          (unigram {baselines["unigram"]:.1f}, interpolated bigram {baselines["bigram"]:.2f}, same tokens)
+  parameters              {trained / 1e6:.2f}M, {trained / dense:.0%} of the dense model's {dense / 1e6:.2f}M"""
+    )
+    for label, name in (("checkpoints", "checkpoints"), ("Hugging Face model", "export"), ("report", "report/index.html")):
+        if (args.run_dir / name).exists():
+            print(f"  {label:<24}{args.run_dir / name}")
+    return 0
+
+
+def _metrics(run_dir: Path) -> list[dict]:
+    lines = []
+    try:
+        for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+            try:
+                lines.append(json.loads(line))
+            except ValueError:
+                continue  # the half line of a killed run
+    except OSError as error:
+        raise UserError(f"{run_dir / 'metrics.jsonl'}: {error.strerror}; give a run directory") from None
+    return lines
+
+
+def _baselines(run_dir: Path, settings) -> dict:
+    path = run_dir / "baselines.json"
+    if path.exists():
+        return json.loads(path.read_text(encoding="utf-8"))
+    from sltrain_ds.data.ngram import baselines
+
+    result = baselines(settings.data.dir, settings.data.sequence_length, settings.eval.tokens)
+    write_json(path, result)
+    return result
