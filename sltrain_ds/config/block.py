@@ -1,0 +1,233 @@
+"""The `sltrain` block as types. The descriptions feed the JSON Schema and the tables of the docs."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic_core import PydanticCustomError
+
+from .presets import PRESETS
+
+_SEED_LIMIT = 2**63 - 1
+
+
+class Block(BaseModel):
+    """Strict: "3" is no number, true is no number, unknown keys are errors; frozen once read."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class LlamaFields(Block):
+    """`transformers.LlamaConfig` fields of a model built from scratch."""
+
+    vocab_size: int = Field(ge=2, description="entries of the vocabulary; the tokenizer's")
+    hidden_size: int = Field(ge=1, description="width of the residual stream")
+    intermediate_size: int = Field(ge=1, description="width of the MLP")
+    num_hidden_layers: int = Field(ge=1, description="transformer blocks")
+    num_attention_heads: int = Field(ge=1, description="attention heads")
+    num_key_value_heads: int | None = Field(None, ge=1, description="key and value heads; null: as many as heads")
+    head_dim: int | None = Field(None, ge=2, description="width of a head; null: hidden_size / heads")
+    hidden_act: str = Field("silu", description="activation of the MLP")
+    max_position_embeddings: int = Field(2048, ge=1, description="longest sequence, in tokens")
+    initializer_range: float = Field(0.02, gt=0, description="standard deviation of dense weights at the start")
+    rms_norm_eps: float = Field(1e-6, gt=0, description="epsilon of RMSNorm")
+    tie_word_embeddings: bool = Field(False, description="the head shares the embedding's weight")
+    rope_parameters: dict[str, Any] | None = Field(None, description="rotary embedding, as transformers writes it")
+    attention_bias: bool = Field(False, description="biases in the attention projections")
+    attention_dropout: float = Field(0.0, ge=0, lt=1, description="dropout of attention weights")
+    mlp_bias: bool = Field(False, description="biases in the MLP")
+    pretraining_tp: int = Field(1, ge=1, description="unused by transformers 5, kept for older files")
+    bos_token_id: int | None = Field(1, ge=0, description="token that begins a text")
+    eos_token_id: int | None = Field(2, ge=0, description="token that ends a document")
+    pad_token_id: int | None = Field(None, ge=0, description="padding token")
+    use_cache: bool = Field(False, description="key-value cache; off in training")
+
+
+def _llama_fields(value: dict) -> dict:
+    return LlamaFields.model_validate(value).model_dump(exclude_unset=True)
+
+
+class Model(Block):
+    """Exactly one of preset, config and path."""
+
+    preset: Literal[tuple(PRESETS)] | None = Field(None, description="a LLaMA by name")
+    config: (
+        Annotated[dict[str, Any], AfterValidator(_llama_fields), WithJsonSchema({"$ref": "#/$defs/LlamaFields"})] | None
+    ) = Field(None, description="LlamaConfig fields of a model of your own")
+    path: str | None = Field(None, min_length=1, description="a model directory to go on from, dense or converted")
+    activation_checkpointing: Literal["none", "reentrant", "non_reentrant"] = Field(
+        "none", description="recompute each transformer block in the backward pass"
+    )
+
+    @model_validator(mode="after")
+    def _one_source(self):
+        given = [name for name in ("preset", "config", "path") if getattr(self, name) is not None]
+        if len(given) != 1:
+            found = " and ".join(given) or "none of them"
+            raise PydanticCustomError(
+                "one_source", "needs exactly one of preset, config and path; it has {found}", {"found": found}
+            )
+        return self
+
+
+Scale = Annotated[float, Field(ge=0)]
+Rank = Annotated[int, Field(ge=1, description="inner dimension of B A; at most min(in, out) of every target")]
+Alpha = Annotated[float, Field(gt=0, description="B A is scaled by alpha / rank")]
+Targets = Annotated[
+    list[Annotated[str, Field(min_length=1)]],
+    Field(min_length=1, description="name parts of the nn.Linear modules to replace"),
+]
+_DEFAULT_TARGETS = ["self_attn", "mlp"]
+
+
+class DenseScale(Block):
+    """Learning-rate multipliers."""
+
+    dense: Scale = Field(1.0, description="times lr, for every parameter")
+
+
+class FactorScale(DenseScale):
+    dense: Scale = Field(1.0, description="times lr, for embedding, head and norms")
+    factors: Scale = Field(1.0, description="times lr, for A and B")
+
+
+class SparseScale(FactorScale):
+    sparse: Scale = Field(1.0, description="times lr, for the values of S")
+
+
+class SLTrain(Block):
+    """W = alpha / rank * B A + S, S on a fixed random support."""
+
+    name: Literal["sltrain"] = Field(description="sparse plus low-rank")
+    rank: Rank
+    density: float = Field(gt=0, le=1, description="fraction of non-zeros in S (the paper's delta)")
+    alpha: Alpha
+    support_seed: int = Field(0, ge=0, le=_SEED_LIMIT, description="seed of the supports; the same on every rank")
+    target_modules: Targets = Field(_DEFAULT_TARGETS)
+    lr_scale: SparseScale = Field(SparseScale(), description="learning-rate multipliers by role")
+
+
+class FullRank(Block):
+    """Plain nn.Linear layers."""
+
+    name: Literal["full_rank"] = Field(description="dense weights, the baseline")
+    lr_scale: DenseScale = Field(DenseScale(), description="learning-rate multipliers by role")
+
+
+class LowRank(Block):
+    """W = alpha / rank * B A."""
+
+    name: Literal["low_rank"] = Field(description="low-rank weights, the baseline without S")
+    rank: Rank
+    alpha: Alpha
+    init_std: float = Field(
+        0.0063, gt=0, description="standard deviation of B A at the start; at B = 0 it never trains"
+    )
+    target_modules: Targets = Field(_DEFAULT_TARGETS)
+    lr_scale: FactorScale = Field(FactorScale(), description="learning-rate multipliers by role")
+
+
+METHODS = {"sltrain": SLTrain, "full_rank": FullRank, "low_rank": LowRank}
+Method = Annotated[SLTrain | FullRank | LowRank, Field(discriminator="name")]
+
+
+class Precision(Block):
+    """What the optimizer keeps, and in which format."""
+
+    states: Literal["32bit", "8bit"] = Field("32bit", description="format of Adam's moments")
+    weights: Literal["auto", "fp32", "fp32_master", "bf16"] = Field(
+        "auto", description="auto: fp32_master under bf16, fp32 without; bf16: plain bf16 without masters (the paper's)"
+    )
+    backend: Literal["auto", "torch", "bitsandbytes"] = Field(
+        "auto", description="auto: bitsandbytes for 8bit, else torch"
+    )
+
+
+def _data_dirs(value):
+    bad = None
+    if isinstance(value, dict):
+        bad = next(
+            (
+                weight
+                for weight in value.values()
+                if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < float("inf")
+            ),
+            None,
+        )
+    if not value or bad is not None or not isinstance(value, str | dict):
+        raise PydanticCustomError(
+            "data_dir", 'must be a prepared directory "DIR", or {{"DIR": weight, ...}} with positive weights'
+        )
+    return value if isinstance(value, str) else {name: float(weight) for name, weight in value.items()}
+
+
+_DIRS_SCHEMA = {
+    "anyOf": [
+        {"type": "string", "minLength": 1},
+        {"type": "object", "minProperties": 1, "additionalProperties": {"type": "number", "exclusiveMinimum": 0}},
+    ]
+}
+
+
+class Data(Block):
+    """What is read."""
+
+    dir: Annotated[Any, BeforeValidator(_data_dirs), WithJsonSchema(_DIRS_SCHEMA)] = Field(
+        description="a prepared directory, or several with their weights in the mixture"
+    )
+    sequence_length: int = Field(256, ge=2, description="tokens of a sequence")
+    mask_documents: bool = Field(False, description="no attention across document borders")
+
+
+class Eval(Block):
+    """Validation during the run."""
+
+    every: int = Field(1000, ge=1, description="steps between two evaluations")
+    tokens: int = Field(10_000_000, ge=1, description="budget of validation tokens, the same at any world size")
+
+
+class Checkpoint(Block):
+    """Checkpoints of the run."""
+
+    dir: str = Field("auto", min_length=1, description="where they go; auto: run_dir/checkpoints")
+    every: int = Field(500, ge=1, description="steps between two checkpoints")
+    keep: int = Field(3, ge=1, description="the newest so many stay")
+
+
+class SLTrainBlock(Block):
+    """Everything sltrain_ds adds to a DeepSpeed config. Relative paths start at the current directory."""
+
+    model: Model = Field(description="what is trained")
+    method: Method = Field(description="how its linear layers are parametrised")
+    precision: Precision = Field(Precision(), description="optimizer states and weights")
+    per_layer_update: Literal[False] = Field(False, description="update inside the backward pass; not in this version")
+    clipping: Literal["global"] = Field("global", description="what gradient_clipping bounds")
+    op_mode: Literal["auto", "compose"] = Field("auto", description="how an SLTrain layer computes; auto: compose")
+    deterministic: bool = Field(False, description="only deterministic kernels")
+    on_nonfinite: Literal["stop", "skip"] = Field("stop", description="at a loss or gradient that is not finite")
+    norm: Literal["torch", "apex"] = Field("torch", description="RMSNorm of transformers, or NVIDIA apex's fused one")
+    loss: Literal["full", "chunked"] = Field("full", description="logits at once, or chunk by chunk (less memory)")
+    tokenizer: str = Field(min_length=1, description="tokenizer directory")
+    data: Data = Field(description="prepared data")
+    steps: int = Field(ge=1, description="optimizer steps of the run")
+    seed: int = Field(42, ge=0, le=_SEED_LIMIT, description="seed of weights and data order")
+    run_dir: str = Field("auto", min_length=1, description="where the run is written; auto: runs/<name of this file>")
+    eval: Eval = Field(Eval(), description="validation during the run")
+    checkpoint: Checkpoint = Field(Checkpoint(), description="checkpoints")
+
+
+def key_tree(model: type[BaseModel] = SLTrainBlock) -> dict:
+    """The block's key names as nested dicts; leaves are None. `method` holds the keys of all methods."""
+    nested = {Model: {"config": key_tree(LlamaFields)}} if model is SLTrainBlock else {}
+    tree = {}
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        if name == "method":
+            tree[name] = {}
+            for method in METHODS.values():
+                for key, child in key_tree(method).items():
+                    tree[name][key] = {**(tree[name].get(key) or {}), **child} if child else child
+        elif isinstance(kind, type) and issubclass(kind, BaseModel):
+            tree[name] = {**key_tree(kind), **nested.get(kind, {})}
+        else:
+            tree[name] = None
+    return tree

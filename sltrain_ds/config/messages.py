@@ -1,0 +1,123 @@
+"""One clear line out of a pydantic error."""
+
+from .block import METHODS, LlamaFields, SLTrainBlock
+from .jsonfile import shown
+from .tree import nearest, unknown
+
+_WHAT = {
+    "int_type": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "float_type": "must be a number",
+    "bool_type": "must be true or false",
+    "string_type": "must be a string",
+    "list_type": "must be a list [...]",
+    "dict_type": "must be an object {...}",
+    "model_type": "must be an object {...}",
+    "model_attributes_type": "must be an object {...}",
+    "string_too_short": "must not be empty",
+    "too_short": "must not be empty",
+    "finite_number": "must be a finite number",
+    "greater_than": "must be above {gt}",
+    "greater_than_equal": "must be at least {ge}",
+    "less_than": "must be below {lt}",
+    "less_than_equal": "must be at most {le}",
+}
+
+
+def first_line(error, tree):
+    """The first problem of a ValidationError of the block: its key, what is wrong, what would work."""
+    problem = error.errors(include_url=False)[0]
+    names = _names(problem["loc"])
+    path = ".".join(["sltrain", *names])
+    kind, context, value = problem["type"], problem.get("ctx", {}), problem["input"]
+    if kind == "extra_forbidden":
+        return _unknown(names, problem["loc"], tree)
+    if kind == "missing":
+        meaning = _description(problem["loc"])
+        return f"{path}: is missing" + (f"; write it ({meaning})" if meaning else "; write it")
+    if kind == "union_tag_not_found":
+        return f"{path}.name: is missing; write one of {_quoted(METHODS)}"
+    if kind == "union_tag_invalid":
+        near = nearest(str(context["tag"]), METHODS)
+        return (
+            f"{path}.name: unknown method {shown(context['tag'])}; "
+            + (f'did you mean "{near}"? ' if near else "")
+            + f"known: {_quoted(METHODS)}"
+        )
+    if kind == "literal_error":
+        choices = context["expected"].replace("'", '"').replace("False", "false")
+        near = (
+            nearest(value, [word.strip('" ') for word in choices.replace(" or ", ", ").split(",")])
+            if isinstance(value, str)
+            else None
+        )
+        return f"{path}: must be {choices}; got {shown(value)}" + (f', did you mean "{near}"?' if near else "")
+    if kind in _WHAT:
+        return (
+            f"{path}: {_WHAT[kind].format(**context)}; got {shown(value)}{_hint(kind, value)}{_meant(problem['loc'])}"
+        )
+    return f"{path}: {problem['msg']}".replace("\n", " ")
+
+
+def _names(loc):
+    """The loc without the tag that pydantic puts behind a discriminated union."""
+    return [str(part) for i, part in enumerate(loc) if not (i == 1 and loc[0] == "method" and part in METHODS)]
+
+
+def _unknown(names, loc, tree):
+    *parents, name = names
+    node = tree
+    for parent in parents:
+        node = node.get(parent) or {}
+    if parents == ["method"]:
+        method = loc[1]
+        own = METHODS[method].model_fields
+        if name in node:
+            return (
+                f"sltrain.method.{name}: method {method} does not take it; remove it, or replace the whole of "
+                f'sltrain.method (--set \'sltrain.method={{"name": "{method}", ...}}\')'
+            )
+        node = {key: node[key] for key in own}
+    if parents[:2] == ["method", "lr_scale"]:
+        node = METHODS[loc[1]].model_fields["lr_scale"].annotation.model_fields
+    return unknown(name, ".".join(["sltrain", *parents]), node, None) if parents else _misplaced(name, node, tree)
+
+
+def _misplaced(name, node, tree):
+    line = unknown(name, "", node, tree)
+    head, _, rest = line.partition(": ")
+    rest = rest.replace("did you mean ", "did you mean sltrain.").replace("belongs at ", "belongs at sltrain.")
+    return f"sltrain.{head}: {rest}"
+
+
+def _field(loc):
+    model, field = SLTrainBlock, None
+    for i, part in enumerate(loc):
+        if i == 1 and loc[0] == "method" and part in METHODS:
+            model = METHODS[part]
+            continue
+        field = getattr(model, "model_fields", {}).get(part)
+        if field is None:
+            return None
+        model = LlamaFields if loc[:2] == ("model", "config") and i == 1 else field.annotation
+    return field
+
+
+def _description(loc):
+    field = _field(loc)
+    return field.description if field else None
+
+
+def _meant(loc):
+    meaning = _description(loc)
+    return f" ({meaning})" if meaning else ""
+
+
+def _hint(kind, value):
+    if isinstance(value, str) and kind in ("int_type", "float_type", "bool_type"):
+        return ", a string: drop the quotes" if value != "auto" else ', and "auto" is not known here'
+    return ""
+
+
+def _quoted(names):
+    return ", ".join(f'"{name}"' for name in names)

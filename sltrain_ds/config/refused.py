@@ -1,0 +1,142 @@
+"""What this version does not do or must not be combined: one line each, naming the keys and what to set instead."""
+
+from sltrain_ds.errors import UserError
+
+from .deepspeed_keys import REMOVED, REMOVED_ZERO
+from .jsonfile import shown
+
+_LATER = "is not in this version"
+
+# values of the block that a later version will take: (path, value) -> what to do
+_BLOCK_VALUES = {
+    ("per_layer_update", True): f"{_LATER}; set false",
+    ("clipping", "per_layer"): f'{_LATER} (it belongs to per_layer_update); set "global"',
+    ("clipping", "lagged"): f'{_LATER} (it belongs to per_layer_update); set "global"',
+    ("op_mode", "factored"): f'{_LATER}; set "auto" or "compose"',
+    ("op_mode", "keep"): f'{_LATER}; set "auto" or "compose"',
+    ("precision.states", "4bit"): f'{_LATER}; set "8bit" or "32bit"',
+    ("precision.weights", "bf16_stochastic"): f'{_LATER}; set "bf16" (plain rounding) or "fp32_master"',
+    ("precision.backend", "ours"): f'{_LATER}; set "auto" or "bitsandbytes"',
+}
+
+# DeepSpeed blocks that do what sltrain_ds does itself, or that replace its engine
+_BLOCKS = {
+    "bfloat16": 'is the old spelling; write "bf16": {"enabled": true}',
+    "autotuning": "starts runs of its own; remove it and use `sltrain-ds estimate` to choose the micro-batch",
+    "data_efficiency": "replaces the data order, which is a function of (seed, step) here; remove it",
+    "datastates_ckpt": "replaces the checkpoint engine; remove it",
+    "expert_parallel": "needs mixture-of-experts layers, which are not converted; remove it",
+    "hybrid_engine": "is for RLHF generation; remove it",
+    "pipeline": "needs a PipelineModule; remove it and shard with zero_optimization.stage 3",
+    "tensor_parallel": "splits nn.Linear layers, which the method has replaced; remove it and use zero_optimization.stage 3",
+    "weight_quantization": "is for inference; remove it",
+    "sequence_parallel_size": "is not supported; remove it and lower sltrain.data.sequence_length or use activation checkpointing",
+    "data_parallel_size": "goes with sequence_parallel_size, which is not supported; remove it",
+}
+
+
+def refuse_block_values(block):
+    """Values of the `sltrain` block that other versions have, refused by name before the types see them."""
+    for (path, value), advice in _BLOCK_VALUES.items():
+        found = block
+        for name in path.split("."):
+            found = found.get(name) if isinstance(found, dict) else None
+        if found == value and type(found) is type(value):
+            raise UserError(f"sltrain.{path}: {shown(value)} {advice}")
+
+
+def refuse_removed(data):
+    """Keys that DeepSpeed itself has dropped."""
+    zero = data.get("zero_optimization")
+    for prefix, keys, block in (("", REMOVED, data), ("zero_optimization.", REMOVED_ZERO, zero)):
+        for key in keys:
+            if isinstance(block, dict) and key in block:
+                raise UserError(f"{prefix}{key}: DeepSpeed has removed this feature; remove the key")
+
+
+def refuse_combinations(data, block):
+    """DeepSpeed keys, checked and resolved, against each other and against the typed block."""
+    for key, why in _BLOCKS.items():
+        value = data.get(key)
+        trivial = value in (1, False) or isinstance(value, dict) and value.get("enabled") is False
+        if key in data and (key == "bfloat16" or not trivial):
+            raise UserError(f"{key}: {why}")
+    for line in _combinations(data, block):
+        raise UserError(line)
+
+
+def _combinations(data, block):
+    zero, bf16 = data.get("zero_optimization", {}), data.get("bf16", {})
+    stage, precision = zero.get("stage", 0), block.precision
+    if "gradient_clipping" not in data:
+        yield "gradient_clipping: is missing, and DeepSpeed would clip at 1.0 unasked; write 0.0 (off), 1.0 or another bound"
+    if data.get("fp16", {}).get("enabled"):
+        yield 'fp16.enabled: true is not supported (its range is too small here); set "bf16": {"enabled": true}, or neither for fp32'
+    if data.get("torch_autocast", {}).get("enabled"):
+        yield "torch_autocast.enabled: true is not supported; set bf16.enabled true, or neither for fp32"
+    if data.get("compile", {}).get("deepcompile"):
+        yield "compile.deepcompile: true replaces the engine's hooks; remove it"
+    if bf16.get("enabled") and stage == 0:
+        yield (
+            "zero_optimization.stage: 0 with bf16.enabled true is wrong in DeepSpeed 0.19.8 (it takes an optimizer step on "
+            "zero gradients at the start); set stage 1, 2 or 3, or bf16.enabled false"
+        )
+    yield from _masters(bf16, precision)
+    if data.get("zero_allow_untested_optimizer") is False:
+        yield "zero_allow_untested_optimizer: false contradicts the optimizer sltrain_ds builds; remove the key, it is set to true"
+    if data.get("managed_gradient_accumulation") is False:
+        yield "managed_gradient_accumulation: false leaves accumulation to the caller, the loop counts on it; remove the key"
+    yield from _offload(zero)
+    if zero.get("zenflow"):
+        yield "zero_optimization.zenflow: needs DeepSpeed's own offloaded optimizer; remove it"
+    if zero.get("elastic_checkpoint") and precision.states == "8bit":
+        yield (
+            'zero_optimization.elastic_checkpoint: true does not work with sltrain.precision.states "8bit" (DeepSpeed '
+            "asserts); set elastic_checkpoint false, or states 32bit"
+        )
+    if zero.get("elastic_checkpoint") and stage == 3:
+        yield "zero_optimization.elastic_checkpoint: true is gone for zero_optimization.stage 3; set it to false"
+    if zero.get("compute_grad_norm") is False:
+        yield "zero_optimization.compute_grad_norm: false leaves no gradient norm to log and to check; remove the key"
+    if data.get("gradient_allreduce_op") == "sum" and stage == 3:
+        yield 'gradient_allreduce_op: "sum" does not work with zero_optimization.stage 3; set "mean"'
+    if data.get("checkpoint", {}).get("load_universal") and precision.states == "8bit":
+        yield (
+            'checkpoint.load_universal: true does not work with sltrain.precision.states "8bit" (universal checkpoints '
+            "know no quantised states); set load_universal false, or states 32bit"
+        )
+    if data.get("activation_checkpointing") and any(data["activation_checkpointing"].values()):
+        yield (
+            "activation_checkpointing: configures DeepSpeed's own checkpoint(), which the model does not call; remove it "
+            'and set sltrain.model.activation_checkpointing "reentrant" or "non_reentrant"'
+        )
+
+
+def _masters(bf16, precision):
+    if precision.weights == "fp32" and bf16.get("enabled"):
+        yield 'sltrain.precision.weights: "fp32" contradicts bf16.enabled true; set "auto", or bf16.enabled false'
+    if precision.weights in ("fp32_master", "bf16") and not bf16.get("enabled"):
+        yield f'sltrain.precision.weights: "{precision.weights}" needs bf16.enabled true; set "auto", or enable bf16'
+    for key in ("bf16_master_weights_and_grads", "bf16_optimizer_states"):
+        if key in bf16 and bf16[key] != (precision.weights == "bf16"):
+            yield (
+                f"bf16.{key}: {shown(bf16[key])} contradicts sltrain.precision.weights "
+                f'"{precision.weights}", which sets it; remove the key'
+            )
+    if precision.backend == "bitsandbytes" and precision.states == "32bit":
+        yield 'sltrain.precision.backend: "bitsandbytes" is for states "8bit"; set backend "auto", or states "8bit"'
+    if precision.backend == "torch" and precision.states == "8bit":
+        yield 'sltrain.precision.backend: "torch" has no 8-bit Adam for states "8bit"; set backend "auto", or states "32bit"'
+
+
+def _offload(zero):
+    for key in ("offload_optimizer", "offload_param"):
+        device = zero.get(key, {}).get("device", "none")
+        if device != "none":
+            yield (
+                f'zero_optimization.{key}: device "{device}" needs DeepSpeed\'s own CPU Adam, not the optimizer with a group '
+                'per role that sltrain_ds builds; remove the key and set sltrain.precision.states "8bit"'
+            )
+    for key in ("cpu_offload", "cpu_offload_param", "cpu_offload_use_pin_memory"):
+        if zero.get(key):
+            yield f'zero_optimization.{key}: offload is not supported; remove it and set sltrain.precision.states "8bit"'

@@ -1,0 +1,104 @@
+"""Shapes of a LLaMA's linear layers, from its config fields alone: what a rank or a density must fit."""
+
+import json
+import math
+from pathlib import Path
+
+from sltrain_ds.errors import UserError
+
+from .presets import PRESETS
+
+
+def model_fields(model):
+    """`LlamaConfig` fields of a `sltrain.model` block as a dict; UserError where `path` holds no readable config.json."""
+    if model.path is None:
+        return dict(PRESETS[model.preset] if model.preset is not None else model.config)
+    file = Path(model.path) / "config.json"
+    if not file.is_file():
+        raise UserError(f"sltrain.model.path: {file} does not exist; give a Hugging Face or converted model directory")
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"sltrain.model.path: {file} is not readable JSON ({str(error).splitlines()[0]}); write it anew"
+        ) from None
+    if not isinstance(fields, dict):
+        raise UserError(f"sltrain.model.path: {file} holds no JSON object; write it anew")
+    return fields
+
+
+def linear_shapes(fields):
+    """{dotted name: (out, in)} of every nn.Linear of a LLaMA; empty where the fields describe another architecture."""
+    needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    if fields.get("model_type", "llama") != "llama" or not all(isinstance(fields.get(key), int) for key in needed):
+        return {}
+    vocab, hidden, inner, layers, heads = (fields[key] for key in needed)
+    head = fields.get("head_dim") or hidden // heads
+    query, key_value = heads * head, (fields.get("num_key_value_heads") or heads) * head
+    block = {
+        "self_attn.q_proj": (query, hidden),
+        "self_attn.k_proj": (key_value, hidden),
+        "self_attn.v_proj": (key_value, hidden),
+        "self_attn.o_proj": (hidden, query),
+        "mlp.gate_proj": (inner, hidden),
+        "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+    }
+    shapes = {f"model.layers.{i}.{name}": shape for i in range(layers) for name, shape in block.items()}
+    return {**shapes, "lm_head": (vocab, hidden)}
+
+
+def check_model(fields, where):
+    """Head and embedding sizes that cannot be built."""
+    hidden, heads = fields.get("hidden_size"), fields.get("num_attention_heads")
+    if hidden and heads and not fields.get("head_dim") and hidden % heads:
+        fits = [n for n in range(1, hidden + 1) if hidden % n == 0]
+        near = min(fits, key=lambda n: abs(n - heads))
+        raise UserError(
+            f"{where}: hidden_size {hidden} is not a multiple of num_attention_heads {heads}; {near} heads would do"
+        )
+    groups = fields.get("num_key_value_heads")
+    if heads and groups and heads % groups:
+        raise UserError(
+            f"{where}: num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}; set it to {heads}"
+        )
+    head = fields.get("head_dim") or (hidden // heads if hidden and heads else 2)
+    if head % 2:
+        raise UserError(
+            f"{where}: a head is {head} wide, and rotary positions need an even width; change num_attention_heads"
+        )
+
+
+def check_method(method, fields):
+    """Rank and density against every target layer; names the first layer that does not fit."""
+    shapes = linear_shapes(fields)
+    if not shapes or method.name == "full_rank":
+        return
+    for target in method.target_modules:
+        if not any(target in name for name in shapes):
+            raise UserError(
+                f'sltrain.method.target_modules: "{target}" matches no linear layer of the model; write parts of names such '
+                'as "self_attn", "mlp" or "q_proj"'
+            )
+    for name, (out, width) in shapes.items():
+        if not any(target in name for target in method.target_modules):
+            continue
+        if method.rank > min(out, width):
+            raise UserError(
+                f"sltrain.method.rank: {method.rank} is above min(in, out) of {name} ({out} x {width}); set at most {min(out, width)}"
+            )
+        if method.name == "sltrain" and int(method.density * out * width) == 0:
+            least = math.ceil(1e6 / (out * width)) / 1e6
+            raise UserError(
+                f"sltrain.method.density: {method.density:g} leaves {name} ({out} x {width}) without one non-zero; set at least {least:g}"
+            )
+
+
+def check_sequence(length, fields):
+    """The sequence against the model's longest."""
+    longest = fields.get("max_position_embeddings")
+    if longest and length > longest:
+        raise UserError(
+            f"sltrain.data.sequence_length: {length} is above the model's max_position_embeddings {longest}; "
+            f"set at most {longest}, or raise max_position_embeddings in sltrain.model.config"
+        )

@@ -1,0 +1,105 @@
+"""A tree of known keys with their types: one walk finds unknown keys, wrong types and values out of range."""
+
+import difflib
+import math
+from dataclasses import dataclass
+
+from sltrain_ds.errors import UserError
+
+from .jsonfile import kind, shown
+
+
+@dataclass(frozen=True)
+class Key:
+    """One leaf: ``type`` is bool, int, number, string, list, object or any; bounds are inclusive but ``gt``."""
+
+    type: str
+    ge: float | None = None
+    gt: float | None = None
+    le: float | None = None
+    choices: tuple = ()
+    auto: bool = False  # "auto" is resolved by config/auto.py
+    null: bool = False
+
+
+BOOL, TEXT, ANY, LIST = Key("bool"), Key("string"), Key("any"), Key("list")
+COUNT, SIZE, NUMBER = Key("int", ge=0), Key("int", ge=1), Key("number")
+
+
+def check(value, node, path):
+    """Return ``value`` with 5e8-like whole numbers as int; UserError names the key, what is wrong and what would work."""
+    if isinstance(node, dict):
+        if not isinstance(value, dict):
+            raise UserError(
+                f"{path}: must be an object {{...}} with keys like {', '.join(list(node)[:3])}; got {shown(value)}"
+            )
+        for name in value:
+            if name not in node:
+                raise UserError(unknown(name, path, node))
+        return {name: check(item, node[name], f"{path}.{name}" if path else name) for name, item in value.items()}
+    if value is None and node.null or value == "auto" and node.auto or node.type == "any":
+        return value
+    if value == "auto" and node.type != "string" and "auto" not in node.choices:
+        raise UserError(f'{path}: "auto" is not resolved here; write {expected(node)} or leave the key out')
+    if node.type in ("int", "number") and isinstance(value, int | float) and not isinstance(value, bool):
+        finite = math.isfinite(value)
+        if finite and node.type == "int" and value == int(value):
+            value = int(value)
+        ok = finite and (node.type == "number" or isinstance(value, int))
+        ok = ok and (node.ge is None or value >= node.ge) and (node.gt is None or value > node.gt)
+        ok = ok and (node.le is None or value <= node.le)
+    else:
+        types = {"bool": bool, "string": str, "list": list, "object": dict}
+        ok = node.type in types and isinstance(value, types[node.type])
+    if not ok or (node.choices and value not in node.choices):
+        raise UserError(f"{path}: must be {expected(node)}; got {shown(value)}" + _quoted(value, node))
+    return value
+
+
+def expected(node):
+    """What a key takes, in words."""
+    if node.choices:
+        words = [shown(choice) for choice in node.choices]
+        text = " or ".join(words) if len(words) < 3 else "one of " + ", ".join(words)
+    else:
+        text = {"bool": "true or false", "int": "a whole number", "number": "a number", "string": "a string",
+                "list": "a list [...]", "object": "an object {...}", "any": "anything"}[node.type]  # fmt: skip
+    bounds = [
+        f"{sign} {bound:g}" for sign, bound in ((">", node.gt), (">=", node.ge), ("<=", node.le)) if bound is not None
+    ]
+    return text + (" " + " and ".join(bounds) if bounds else "") + (' or "auto"' if node.auto else "")
+
+
+def unknown(name, path, node, whole=None):
+    """The line for a key that is not known: the nearest one beside it, else the place where that very name is known."""
+    here = f"{path}.{name}" if path else name
+    near = nearest(name, node)
+    if near:
+        return f"{here}: unknown key; did you mean {f'{path}.{near}' if path else near}?"
+    elsewhere = [place for place in _places(name, whole, "") if place != here] if whole else []
+    if elsewhere:
+        return f"{here}: unknown key here; it belongs at {elsewhere[0]}"
+    names = sorted(node) if len(node) <= 12 else None
+    return f"{here}: unknown key; remove it" + (f" (known here: {', '.join(names)})" if names else "")
+
+
+def nearest(name, names):
+    """The known name closest to ``name``, or None."""
+    lower = {known.lower(): known for known in names}
+    found = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.6)
+    return lower[found[0]] if found else None
+
+
+def _places(name, node, path):
+    for key, child in node.items():
+        here = f"{path}.{key}" if path else key
+        if key == name:
+            yield here
+        if isinstance(child, dict):
+            yield from _places(name, child, here)
+
+
+def _quoted(value, node):
+    if isinstance(value, str) and node.type in ("bool", "int", "number"):
+        return " (a string: drop the quotes)"
+    return f" ({kind(value)})" if isinstance(value, bool) else ""
