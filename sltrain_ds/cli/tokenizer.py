@@ -7,7 +7,7 @@ def add_parser(subparsers) -> None:
     parser = subparsers.add_parser("tokenizer", help="train a tokenizer")
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     train = actions.add_parser("train", help="BPE with byte fallback, saved as transformers reads it")
-    train.add_argument("--input", nargs="+", required=True, metavar="FILE", help=".txt, .jsonl (also .xz .gz), .parquet")
+    train.add_argument("--input", nargs="+", required=True, metavar="FILE", help=".txt, .jsonl (also .xz), .parquet")
     train.add_argument("--vocab-size", type=int, required=True, metavar="N")
     train.add_argument("--out", required=True, metavar="DIR")
     train.add_argument("--text-column", default="text", metavar="NAME", help="of JSONL and parquet (default: text)")

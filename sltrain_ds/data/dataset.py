@@ -183,9 +183,9 @@ class BatchSource:
 def to_batch(rows: np.ndarray, eos_id: int | None = None) -> dict[str, torch.Tensor]:
     """A batch from token rows (n, sequence_length). With `eos_id`, documents that share a row do not see each other:
 
-    position_ids start at 0 again behind each EOS, from which transformers (>= 4.53; masking_utils.py,
-    `find_packed_sequence_indices`) builds the block-diagonal causal mask for SDPA, at any batch size, but only where the
-    model is called with use_cache=False; and the first token of a document is not predicted (label -100).
+    position_ids start at 0 again behind each EOS; from them transformers (masking_utils.py of 5.23,
+    `find_packed_sequence_indices`) builds a block-diagonal causal mask for SDPA, at any batch size, but only where the
+    model is called with use_cache=False. And the first token of a document is not predicted (label -100).
     """
     input_ids = torch.from_numpy(np.ascontiguousarray(rows, dtype=np.int64))
     if eos_id is None:
@@ -214,7 +214,7 @@ def evaluation_batches(
     world: int = 1,
     mask_documents: bool = False,
 ) -> Iterator[tuple[dict[str, torch.Tensor], int]]:
-    """(batch, weight) of this rank over the validation set of `tokens` tokens: the same sequences at any world and batch.
+    """(batch, weight) of this rank over the validation set of `tokens` tokens, the same at any world and batch size.
 
     weight is the number of tokens the batch's mean loss stands for: the whole loss is sum(loss * weight) / sum(weight)
     over all ranks. Every rank gets the same number of batches, so that collectives inside the model meet; where the

@@ -1,6 +1,6 @@
-"""The order of training samples as a pure function of (seed, sample number): no generator state, no stored permutation.
+"""The order of training samples as a pure function of (seed, sample number): no state, no stored permutation.
 
-Sample k of a run comes from one of the sources by their weights (`Mixture`), is that source's m-th sample, and so stands
+Sample k of a run comes from one of the sources by their weights (`assign`), is that source's m-th sample, and so stands
 at place m % n of its epoch m // n. An epoch's order is a keyed bijection of [0, n), computed place by place.
 """
 

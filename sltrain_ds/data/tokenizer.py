@@ -1,8 +1,8 @@
 """Train, load, fingerprint and apply tokenizers.
 
-Trained here: a sentencepiece BPE in LLaMA's manner (byte fallback, single digits, no normalisation, <unk> <s> </s> = 0 1 2,
-no padding token), without the space LLaMA puts before a text: so decode(encode(text)) == text for every text without
-U+2581, the character that stands for a space inside the pieces.
+Trained here: a sentencepiece BPE in LLaMA's manner (byte fallback, single digits, no normalisation, <unk> <s> </s> =
+0 1 2, no padding token), without the space LLaMA puts before a text: so decode(encode(text)) == text for every text
+without U+2581, the character that stands for a space inside the pieces.
 """
 
 import hashlib
