@@ -6,9 +6,6 @@ from dataclasses import dataclass
 import torch
 from torch import distributed
 
-from sltrain_ds.loss import predicted_tokens
-
-
 @dataclass(frozen=True)
 class Evaluation:
     loss: float  # nats a predicted token
@@ -23,17 +20,16 @@ class Evaluation:
 def evaluate(model, batches, device) -> Evaluation:
     """Mean loss of `model` (an engine or a transformers model) over `batches`, summed over all ranks.
 
-    `batches` yields (batch, weight): dicts of CPU tensors, weight 0 for a repeat that only keeps ranks in step
-    (ZeRO-3 gathers in every forward pass). Sums are fp64, so neither ranks nor batch size show in the result.
+    `batches` yields (batch, weight): dicts of CPU tensors, and how many predicted tokens the batch's mean loss stands
+    for; 0 for a repeat that only keeps ranks in step (ZeRO-3 gathers in every forward pass). Sums are fp64, so neither ranks nor batch size show in the result.
     """
     training = model.training
     model.eval()
     total = torch.zeros(2, dtype=torch.float64)
     for batch, weight in batches:
         batch = with_labels(batch)
-        summed = model(**{k: v.to(device) for k, v in batch.items()}, num_items_in_batch=1).loss
-        if weight:
-            total += torch.tensor([summed.double().item(), predicted_tokens(batch["labels"])], dtype=torch.float64)
+        loss = model(**{key: value.to(device) for key, value in batch.items()}).loss
+        total += torch.tensor([float(loss) * weight if weight else 0.0, weight], dtype=torch.float64)
     if distributed.is_initialized() and distributed.get_world_size() > 1:
         total = total.to(device)
         distributed.all_reduce(total)

@@ -7,8 +7,8 @@ import torch
 from torch import distributed
 
 from sltrain_ds import checkpoint
+from sltrain_ds.data.dataset import predicted_tokens
 from sltrain_ds.evaluate import evaluate, with_labels
-from sltrain_ds.loss import predicted_tokens
 from sltrain_ds.memory.measure import bytes_by_category
 from sltrain_ds.monitor import Metrics, Progress
 from sltrain_ds.zero.grad_norm import GradNorm
@@ -41,14 +41,14 @@ def train(engine, run, source, validation, start_step: int = 0, start_tokens: in
         began = time.perf_counter()
         lr = max(group["lr"] for group in engine.optimizer.param_groups)
         batches = [with_labels(source.micro_batch(step, i, rank, world)) for i in range(run.accumulation)]
-        counts = _summed(sum(predicted_tokens(batch["labels"]) for batch in batches), engine)
+        counts = _summed(sum(predicted_tokens(batch) for batch in batches), engine)
         loss = _step(engine, batches, counts / (run.accumulation * world), grad_norm)
         loss = _summed(loss, engine) / (run.accumulation * world)
-        tokens += run.train_batch_size * block.data.sequence_length
+        tokens += run.tokens_per_step
         norm = grad_norm.value()
         seconds = time.perf_counter() - began
         memory = bytes_by_category(engine)
-        rate = run.train_batch_size * block.data.sequence_length / seconds
+        rate = run.tokens_per_step / seconds
         metrics.log(
             step + 1, loss=loss, lr=lr, grad_norm=norm, tokens=tokens, tokens_per_second=rate, memory=memory
         )

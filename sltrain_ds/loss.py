@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-IGNORED = -100
+from sltrain_ds.data.dataset import IGNORED
+
 CHUNK_BYTES = 32 << 20  # fp32 logits alive at once
 
 
@@ -36,8 +37,3 @@ def use_chunked_loss(model) -> None:
 
 def _chunk_loss(head, hidden, targets):
     return F.cross_entropy(head(hidden).float(), targets, ignore_index=IGNORED, reduction="sum")
-
-
-def predicted_tokens(labels: torch.Tensor) -> int:
-    """How many tokens of `labels` (batch, sequence) enter the loss: all but each row's first and the ignored ones."""
-    return int((labels[:, 1:] != IGNORED).sum())

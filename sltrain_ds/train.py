@@ -35,7 +35,7 @@ def run(args) -> int:
     from deepspeed.utils import logger
 
     from sltrain_ds import checkpoint, loop, models
-    from sltrain_ds.data.dataset import BatchSource
+    from sltrain_ds.data.dataset import BatchSource, evaluation_batches, open_data
     from sltrain_ds.files import write_json
     from sltrain_ds.loss import use_chunked_loss
     from sltrain_ds.zero.initialize import initialize, partitioner
@@ -53,16 +53,24 @@ def run(args) -> int:
     torch.use_deterministic_algorithms(run.sltrain.deterministic)
     deepspeed.init_distributed()
 
-    source, validation = BatchSource(run, "train"), BatchSource(run, "validation")
+    source = BatchSource(run)
+    data = run.sltrain.data
+    held_out = open_data(data.dir, "validation", data.sequence_length)
     model = models.build(run, accelerator.current_device_name(), partitioner(run))
     if run.sltrain.loss == "chunked":
         use_chunked_loss(model)
     engine, *_ = initialize(model=model, config=run)
+
+    def validation():
+        return evaluation_batches(
+            held_out, run.sltrain.eval.tokens, run.micro_batch_size, engine.global_rank, world_size, data.mask_documents
+        )
+
     start = checkpoint.resume(engine, run, found) if found else (0, 0)
     if engine.global_rank == 0:
         write_json(run.run_dir / "config.json", run.to_json())
     try:
-        loop.train(engine, run, source, validation.evaluation_batches, *start)
+        loop.train(engine, run, source, validation, *start)
     except loop.NonFiniteLoss as error:
         if engine.global_rank == 0:
             print(f"sltrain-ds: {error}", file=sys.stderr, flush=True)

@@ -1,0 +1,116 @@
+"""What several rooms' tests share: a tiny prepared corpus, a config that fits it, and a launcher for real ranks."""
+
+import json
+import lzma
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+CORPUS = ROOT / "sltrain_ds" / "data" / "austen.txt.xz"
+
+# set before any test imports DeepSpeed: a CPU run on machines without a GPU
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> dict[str, Path]:
+    """{"tokenizer", "data"}: a 384-token vocabulary and about 60,000 tokens of the shipped corpus."""
+    from sltrain_ds.cli import main
+
+    folder = tmp_path_factory.mktemp("tiny")
+    text = folder / "text.txt"
+    with lzma.open(CORPUS, "rt", encoding="utf-8") as file:
+        text.write_text(file.read(150_000), encoding="utf-8")
+    places = {"tokenizer": folder / "tokenizer", "data": folder / "data"}
+    assert not main(["tokenizer", "train", "--input", str(text), "--vocab-size", "384", "--out", str(places["tokenizer"])])
+    prepare = ["data", "prepare", "--input", str(text), "--tokenizer", str(places["tokenizer"]), "--out", str(places["data"])]
+    assert not main([*prepare, "--val-fraction", "0.1"])
+    return places
+
+
+@pytest.fixture
+def tiny_config(tiny, tmp_path):
+    """A function of overrides (dotted keys) that gives a config dict: a 2-layer LLaMA, 5 steps of 8 sequences, fp32."""
+
+    def make(**overrides) -> dict:
+        config = {
+            "train_batch_size": 8,
+            "train_micro_batch_size_per_gpu": 2,
+            "gradient_clipping": 1.0,
+            "zero_optimization": {"stage": 2, "reduce_bucket_size": 100000, "allgather_bucket_size": 100000},
+            "optimizer": {
+                "type": "AdamW",
+                "params": {"lr": 0.003, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.0, "torch_adam": True},
+            },
+            "scheduler": {
+                "type": "WarmupCosineLR",
+                "params": {"total_num_steps": 40, "warmup_num_steps": 4, "warmup_type": "linear", "cos_min_ratio": 0.1},
+            },
+            "sltrain": {
+                "model": {
+                    "config": {
+                        "vocab_size": 384,
+                        "hidden_size": 48,
+                        "intermediate_size": 80,
+                        "num_hidden_layers": 2,
+                        "num_attention_heads": 4,
+                        "max_position_embeddings": 128,
+                    }
+                },
+                "method": {"name": "sltrain", "rank": 8, "density": 0.05, "alpha": 16},
+                "tokenizer": str(tiny["tokenizer"]),
+                "data": {"dir": str(tiny["data"]), "sequence_length": 32},
+                "steps": 5,
+                "run_dir": str(tmp_path / "run"),
+                "eval": {"every": 100, "tokens": 2000},
+                "checkpoint": {"every": 100, "keep": 2},
+            },
+        }
+        for key, value in overrides.items():
+            node = config
+            *path, last = key.split("__")
+            for part in path:
+                node = node.setdefault(part, {})
+            if value is None:
+                node.pop(last, None)
+            else:
+                node[last] = value
+        return config
+
+    return make
+
+
+def launch(world: int, *module_and_args: str, cwd: Path, timeout: int = 300, **env) -> subprocess.CompletedProcess:
+    """`deepspeed --num_gpus WORLD MODULE_AND_ARGS...` on the CPU, as a user would call it; output captured as text."""
+    bin_dir = Path(sys.executable).parent
+    environment = {
+        **os.environ,
+        "PATH": f"{bin_dir}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        **env,
+    }
+    port = str(20000 + os.getpid() % 20000)
+    command = [str(bin_dir / "deepspeed"), "--num_gpus", str(world), "--master_port", port, *map(str, module_and_args)]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
+
+
+@pytest.fixture
+def train(tiny_config, tmp_path):
+    """Train through the launcher: `train(world, *flags, **overrides)` -> (process, metrics lines)."""
+
+    def run(world: int, *flags: str, **overrides):
+        config = tiny_config(**overrides)
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps(config))
+        process = launch(world, "--module", "sltrain_ds.train", path, *flags, cwd=tmp_path)
+        metrics = Path(config["sltrain"]["run_dir"]) / "metrics.jsonl"
+        lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+        return process, lines
+
+    return run
