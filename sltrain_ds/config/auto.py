@@ -1,4 +1,4 @@
-""" "auto", resolved where Hugging Face users expect it (transformers/integrations/deepspeed.py), from this file alone."""
+"""Resolves "auto" where Hugging Face users expect it (transformers/integrations/deepspeed.py), from this file alone."""
 
 from sltrain_ds.errors import UserError
 
@@ -39,7 +39,14 @@ def resolve(data, steps, model_fields):
     }.items():
         if zero.get(key) == "auto" and "hidden_size" not in model_fields:
             raise UserError(
-                f'zero_optimization.{key}: "auto" needs the model\'s hidden_size, which it does not name; write a number'
+                f'zero_optimization.{key}: "auto" needs hidden_size, which the model does not name; write a number'
             )
         fill(zero, key, lambda value=value: value(model_fields["hidden_size"]), f"zero_optimization.{key}")
+    if zero.get("stage", 0) > 0 and "reduce_bucket_size" not in zero and "hidden_size" in model_fields:
+        # DeepSpeed allocates its 5e8 elements whole, whatever the model: one transformer block is enough
+        hidden, inner = (
+            model_fields["hidden_size"],
+            model_fields.get("intermediate_size", 4 * model_fields["hidden_size"]),
+        )
+        zero["reduce_bucket_size"] = done["zero_optimization.reduce_bucket_size"] = hidden * (4 * hidden + 3 * inner)
     return done

@@ -6,7 +6,7 @@ _TOTAL, _MICRO, _STEPS = "train_batch_size", "train_micro_batch_size_per_gpu", "
 
 
 def triangle(data, world_size):
-    """The three numbers, in sequences; missing ones and "auto" are derived. UserError where they do not multiply out."""
+    """The three numbers, in sequences; missing ones and "auto" are derived. UserError where they do not fit."""
     total, micro, steps = (None if data.get(key) in (None, "auto") else data[key] for key in (_TOTAL, _MICRO, _STEPS))
     if micro is None and total is not None and steps is not None:
         micro, rest = divmod(total, steps * world_size)

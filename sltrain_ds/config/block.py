@@ -50,9 +50,9 @@ class Model(Block):
     """Exactly one of preset, config and path."""
 
     preset: Literal[tuple(PRESETS)] | None = Field(None, description="a LLaMA by name")
-    config: (
-        Annotated[dict[str, Any], AfterValidator(_llama_fields), WithJsonSchema({"$ref": "#/$defs/LlamaFields"})] | None
-    ) = Field(None, description="LlamaConfig fields of a model of your own")
+    config: Annotated[dict[str, Any], AfterValidator(_llama_fields)] | None = Field(
+        None, description="LlamaConfig fields of a model of your own"
+    )
     path: str | None = Field(None, min_length=1, description="a model directory to go on from, dense or converted")
     activation_checkpointing: Literal["none", "reentrant", "non_reentrant"] = Field(
         "none", description="recompute each transformer block in the backward pass"
@@ -155,7 +155,7 @@ def _data_dirs(value):
         )
     if not value or bad is not None or not isinstance(value, str | dict):
         raise PydanticCustomError(
-            "data_dir", 'must be a prepared directory "DIR", or {{"DIR": weight, ...}} with positive weights'
+            "data_dir", 'must be a prepared directory "DIR", or {"DIR": weight, ...} with positive weights'
         )
     return value if isinstance(value, str) else {name: float(weight) for name, weight in value.items()}
 

@@ -4,7 +4,7 @@ Written down so that checking a file imports neither torch nor DeepSpeed; tests/
 the list with the installed package (runtime/config.py, runtime/zero/config.py, runtime/lr_schedules.py, monitor/...).
 """
 
-from .tree import ANY, BOOL, COUNT, LIST, NUMBER, SIZE, TEXT, Key
+from .tree import ANY, BOOL, COUNT, LIST, SIZE, TEXT, Key
 
 VERSION = "0.19.8"
 

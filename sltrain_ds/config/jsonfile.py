@@ -8,7 +8,7 @@ from sltrain_ds.errors import UserError
 
 
 def read_json(path):
-    """Parse ``path`` into a dict. UserError names file, line and column; duplicate keys, NaN and Infinity are refused."""
+    """Parse ``path`` into a dict. UserError names file, line and column; duplicate keys and NaN are refused."""
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -82,7 +82,7 @@ def _advice(text, error):
         return "JSON has no comments; remove it"
     if rest.startswith("'"):
         return "JSON strings take double quotes"
-    if before.endswith(",") and rest[:1] in "}]" or "Illegal trailing comma" in error.msg:
+    if (before.endswith(",") and rest[:1] in "}]") or "Illegal trailing comma" in error.msg:
         return "remove the comma before the closing bracket"
     if rest.startswith(("True", "False", "None")):
         return "write true, false or null in lower case"

@@ -68,13 +68,13 @@ def from_dict(data, overrides=(), world_size=1, name="config.json", check_files=
 
 def _top_level_keys(data):
     whole = whole_tree()
-    removed = (*refused.REMOVED,)
     for key in data:
-        if key not in whole and key not in removed:
+        if key not in whole and key not in refused.REMOVED:
             raise UserError(unknown(key, "", whole, whole))
     if "sltrain" not in data:
         raise UserError(
-            'sltrain: the block is missing; add "sltrain": {"model": ..., "method": ..., "tokenizer": ..., "data": ..., "steps": N}'
+            'sltrain: the block is missing; add "sltrain": {"model": ..., "method": ..., "tokenizer": "DIR", '
+            '"data": {"dir": "DIR"}, "steps": N}'
         )
     if not isinstance(data["sltrain"], dict):
         raise UserError(f"sltrain: must be an object {{...}}, not {kind(data['sltrain'])}")
@@ -100,12 +100,13 @@ def _resolve_block(block, data, stem, resolved):
         return value
 
     run_dir = fill("run_dir", run_dir, f"runs/{stem}")
-    return block.model_copy(update={
-        "precision": precision.model_copy(update={
-            "weights": fill("precision.weights", precision.weights, "fp32_master" if bf16 else "fp32"),
-            "backend": fill("precision.backend", precision.backend, "bitsandbytes" if precision.states == "8bit" else "torch"),
-        }),
+    weights = fill("precision.weights", precision.weights, "fp32_master" if bf16 else "fp32")
+    backend = fill("precision.backend", precision.backend, "bitsandbytes" if precision.states == "8bit" else "torch")
+    directory = fill("checkpoint.dir", checkpoint.dir, f"{run_dir}/checkpoints")
+    changed = {
+        "precision": precision.model_copy(update={"weights": weights, "backend": backend}),
         "op_mode": fill("op_mode", block.op_mode, "compose"),
         "run_dir": run_dir,
-        "checkpoint": checkpoint.model_copy(update={"dir": fill("checkpoint.dir", checkpoint.dir, f"{run_dir}/checkpoints")}),
-    })  # fmt: skip
+        "checkpoint": checkpoint.model_copy(update={"dir": directory}),
+    }
+    return block.model_copy(update=changed)

@@ -1,4 +1,4 @@
-"""DeepSpeed's optimizer and scheduler blocks: types known, parameters of each type checked (runtime/lr_schedules.py)."""
+"""DeepSpeed's optimizer and scheduler blocks: known types, each with its parameters (runtime/lr_schedules.py)."""
 
 from sltrain_ds.errors import UserError
 

@@ -28,9 +28,9 @@ _BLOCKS = {
     "expert_parallel": "needs mixture-of-experts layers, which are not converted; remove it",
     "hybrid_engine": "is for RLHF generation; remove it",
     "pipeline": "needs a PipelineModule; remove it and shard with zero_optimization.stage 3",
-    "tensor_parallel": "splits nn.Linear layers, which the method has replaced; remove it and use zero_optimization.stage 3",
+    "tensor_parallel": "splits nn.Linear layers, which the method replaces; remove it, and shard with ZeRO stage 3",
     "weight_quantization": "is for inference; remove it",
-    "sequence_parallel_size": "is not supported; remove it and lower sltrain.data.sequence_length or use activation checkpointing",
+    "sequence_parallel_size": "is not supported; remove it and set sltrain.model.activation_checkpointing",
     "data_parallel_size": "goes with sequence_parallel_size, which is not supported; remove it",
 }
 
@@ -58,7 +58,7 @@ def refuse_combinations(data, block):
     """DeepSpeed keys, checked and resolved, against each other and against the typed block."""
     for key, why in _BLOCKS.items():
         value = data.get(key)
-        trivial = value in (1, False) or isinstance(value, dict) and value.get("enabled") is False
+        trivial = value in (1, False) or (isinstance(value, dict) and value.get("enabled") is False)
         if key in data and (key == "bfloat16" or not trivial):
             raise UserError(f"{key}: {why}")
     for line in _combinations(data, block):
@@ -69,23 +69,26 @@ def _combinations(data, block):
     zero, bf16 = data.get("zero_optimization", {}), data.get("bf16", {})
     stage, precision = zero.get("stage", 0), block.precision
     if "gradient_clipping" not in data:
-        yield "gradient_clipping: is missing, and DeepSpeed would clip at 1.0 unasked; write 0.0 (off), 1.0 or another bound"
+        yield "gradient_clipping: is missing, and DeepSpeed would clip at 1.0 unasked; write 0.0 (off) or a bound"
     if data.get("fp16", {}).get("enabled"):
-        yield 'fp16.enabled: true is not supported (its range is too small here); set "bf16": {"enabled": true}, or neither for fp32'
+        yield "fp16.enabled: true is not supported; set bf16.enabled true, or neither for fp32"
     if data.get("torch_autocast", {}).get("enabled"):
         yield "torch_autocast.enabled: true is not supported; set bf16.enabled true, or neither for fp32"
     if data.get("compile", {}).get("deepcompile"):
         yield "compile.deepcompile: true replaces the engine's hooks; remove it"
     if bf16.get("enabled") and stage == 0:
         yield (
-            "zero_optimization.stage: 0 with bf16.enabled true is wrong in DeepSpeed 0.19.8 (it takes an optimizer step on "
-            "zero gradients at the start); set stage 1, 2 or 3, or bf16.enabled false"
+            "zero_optimization.stage: 0 with bf16.enabled true is wrong in DeepSpeed 0.19.8 (it takes an optimizer "
+            "step on zero gradients at the start); set stage 1, 2 or 3, or bf16.enabled false"
         )
     yield from _masters(bf16, precision)
     if data.get("zero_allow_untested_optimizer") is False:
-        yield "zero_allow_untested_optimizer: false contradicts the optimizer sltrain_ds builds; remove the key, it is set to true"
+        yield (
+            "zero_allow_untested_optimizer: false contradicts the optimizer sltrain_ds builds; remove the key, it is "
+            "set to true"
+        )
     if data.get("managed_gradient_accumulation") is False:
-        yield "managed_gradient_accumulation: false leaves accumulation to the caller, the loop counts on it; remove the key"
+        yield "managed_gradient_accumulation: false is not supported, the loop counts on true; remove the key"
     yield from _offload(zero)
     if zero.get("zenflow"):
         yield "zero_optimization.zenflow: needs DeepSpeed's own offloaded optimizer; remove it"
@@ -107,8 +110,8 @@ def _combinations(data, block):
         )
     if data.get("activation_checkpointing") and any(data["activation_checkpointing"].values()):
         yield (
-            "activation_checkpointing: configures DeepSpeed's own checkpoint(), which the model does not call; remove it "
-            'and set sltrain.model.activation_checkpointing "reentrant" or "non_reentrant"'
+            "activation_checkpointing: configures DeepSpeed's own checkpoint(), which the model does not call; remove "
+            'it and set sltrain.model.activation_checkpointing "reentrant" or "non_reentrant"'
         )
 
 
@@ -126,7 +129,7 @@ def _masters(bf16, precision):
     if precision.backend == "bitsandbytes" and precision.states == "32bit":
         yield 'sltrain.precision.backend: "bitsandbytes" is for states "8bit"; set backend "auto", or states "8bit"'
     if precision.backend == "torch" and precision.states == "8bit":
-        yield 'sltrain.precision.backend: "torch" has no 8-bit Adam for states "8bit"; set backend "auto", or states "32bit"'
+        yield 'sltrain.precision.backend: "torch" has no states "8bit"; set backend "auto", or states "32bit"'
 
 
 def _offload(zero):
@@ -134,9 +137,10 @@ def _offload(zero):
         device = zero.get(key, {}).get("device", "none")
         if device != "none":
             yield (
-                f'zero_optimization.{key}: device "{device}" needs DeepSpeed\'s own CPU Adam, not the optimizer with a group '
-                'per role that sltrain_ds builds; remove the key and set sltrain.precision.states "8bit"'
+                f'zero_optimization.{key}: device "{device}" needs DeepSpeed\'s own CPU Adam, not the optimizer with a '
+                'group per role that sltrain_ds builds; remove the key and set sltrain.precision.states "8bit"'
             )
     for key in ("cpu_offload", "cpu_offload_param", "cpu_offload_use_pin_memory"):
         if zero.get(key):
-            yield f'zero_optimization.{key}: offload is not supported; remove it and set sltrain.precision.states "8bit"'
+            instead = 'sltrain.precision.states "8bit"'
+            yield f"zero_optimization.{key}: offload is not supported; remove it and set {instead}"

@@ -10,7 +10,7 @@ from .presets import PRESETS
 
 
 def model_fields(model):
-    """`LlamaConfig` fields of a `sltrain.model` block as a dict; UserError where `path` holds no readable config.json."""
+    """`LlamaConfig` fields of a `sltrain.model` block; UserError where `path` holds no readable config.json."""
     if model.path is None:
         return dict(PRESETS[model.preset] if model.preset is not None else model.config)
     file = Path(model.path) / "config.json"
@@ -75,23 +75,30 @@ def check_method(method, fields):
     if not shapes or method.name == "full_rank":
         return
     for target in method.target_modules:
-        if not any(target in name for name in shapes):
+        if not any(_targeted(name, target) for name in shapes):
             raise UserError(
-                f'sltrain.method.target_modules: "{target}" matches no linear layer of the model; write parts of names such '
-                'as "self_attn", "mlp" or "q_proj"'
+                f'sltrain.method.target_modules: "{target}" matches no linear layer of the model; write parts of '
+                'dotted names, such as "self_attn", "mlp" or "q_proj"'
             )
     for name, (out, width) in shapes.items():
-        if not any(target in name for target in method.target_modules):
+        if not any(_targeted(name, target) for target in method.target_modules):
             continue
         if method.rank > min(out, width):
             raise UserError(
-                f"sltrain.method.rank: {method.rank} is above min(in, out) of {name} ({out} x {width}); set at most {min(out, width)}"
+                f"sltrain.method.rank: {method.rank} is above min(in, out) of {name} ({out} x {width}); "
+                f"set at most {min(out, width)}"
             )
         if method.name == "sltrain" and int(method.density * out * width) == 0:
             least = math.ceil(1e6 / (out * width)) / 1e6
             raise UserError(
-                f"sltrain.method.density: {method.density:g} leaves {name} ({out} x {width}) without one non-zero; set at least {least:g}"
+                f"sltrain.method.density: {method.density:g} leaves {name} ({out} x {width}) without one non-zero; "
+                f"set at least {least:g}"
             )
+
+
+def _targeted(name, pattern):
+    """As `methods.convert` reads it: a pattern is one or more whole components of the dotted name."""
+    return f".{pattern}." in f".{name}."
 
 
 def check_sequence(length, fields):

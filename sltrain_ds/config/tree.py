@@ -27,7 +27,7 @@ COUNT, SIZE, NUMBER = Key("int", ge=0), Key("int", ge=1), Key("number")
 
 
 def check(value, node, path):
-    """Return ``value`` with 5e8-like whole numbers as int; UserError names the key, what is wrong and what would work."""
+    """Return ``value`` with whole numbers like 5e8 as int. UserError names the key, the fault and what would work."""
     if isinstance(node, dict):
         if not isinstance(value, dict):
             raise UserError(
@@ -37,7 +37,7 @@ def check(value, node, path):
             if name not in node:
                 raise UserError(unknown(name, path, node))
         return {name: check(item, node[name], f"{path}.{name}" if path else name) for name, item in value.items()}
-    if value is None and node.null or value == "auto" and node.auto or node.type == "any":
+    if (value is None and node.null) or (value == "auto" and node.auto) or node.type == "any":
         return value
     if value == "auto" and node.type != "string" and "auto" not in node.choices:
         raise UserError(f'{path}: "auto" is not resolved here; write {expected(node)} or leave the key out')

@@ -1,0 +1,129 @@
+"""JSON Schema of a whole file, for editors, and the tables of the docs; both from the types and the key list."""
+
+import json
+from pathlib import Path
+
+from pydantic.json_schema import GenerateJsonSchema
+
+from .block import Checkpoint, Data, Eval, FullRank, LlamaFields, LowRank, Model, Precision, SLTrain, SLTrainBlock
+from .deepspeed_keys import ADAM, DEEPSPEED, OPTIMIZERS, SCHEDULERS, VERSION
+
+PATH = Path(__file__).with_name("sltrain.schema.json")
+_TYPES = {
+    "bool": "boolean",
+    "int": "number",
+    "number": "number",
+    "string": "string",
+    "list": "array",
+    "object": "object",
+}
+
+
+def schema():
+    """The JSON Schema (draft 2020-12) of a config file: known DeepSpeed keys loosely typed, the block in full."""
+    block = SLTrainBlock.model_json_schema(schema_generator=_Plain)
+    definitions = {**block.pop("$defs"), "LlamaFields": LlamaFields.model_json_schema(schema_generator=_Plain)}
+    model = definitions["Model"]
+    model["properties"]["config"] |= {"anyOf": [{"$ref": "#/$defs/LlamaFields"}, {"type": "null"}]}
+    model["oneOf"] = [{"required": [name]} for name in ("preset", "config", "path")]
+    deepspeed = _node(DEEPSPEED)["properties"]
+    deepspeed["optimizer"]["properties"] |= {"type": {"enum": list(OPTIMIZERS)}, "params": _node(ADAM)}
+    deepspeed["scheduler"]["properties"] |= {
+        "type": {"enum": list(SCHEDULERS)},
+        "params": {"anyOf": [{"title": name, **_node(params)} for name, params in SCHEDULERS.items()]},
+    }
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "sltrain_ds config",
+        "description": f"A DeepSpeed {VERSION} config with one block more, sltrain",
+        "type": "object",
+        "additionalProperties": False,
+        "required": ["gradient_clipping", "optimizer", "sltrain"],
+        "properties": {"$schema": {"type": "string"}, "sltrain": block, **deepspeed},
+        "$defs": definitions,
+    }
+
+
+def text():
+    """The schema as it is written to `sltrain.schema.json`."""
+    return json.dumps(schema(), indent=1, ensure_ascii=False) + "\n"
+
+
+def table():
+    """Markdown: every key of the block with what it takes, its default and its meaning."""
+    rows = ["| key | takes | default | meaning |", "|---|---|---|---|"]
+    rows += _rows(SLTrainBlock, "", skip=("model", "method", "precision", "data", "eval", "checkpoint"))
+    for title, kind, prefix in (
+        ("model", Model, "model."),
+        ("fields of model.config", LlamaFields, "model.config."),
+        ("method sltrain", SLTrain, "method."),
+        ("method full_rank", FullRank, "method."),
+        ("method low_rank", LowRank, "method."),
+        ("precision", Precision, "precision."),
+        ("data", Data, "data."),
+        ("eval", Eval, "eval."),
+        ("checkpoint", Checkpoint, "checkpoint."),
+    ):
+        rows.append(f"| **{title}** | | | |")
+        rows += _rows(kind, prefix)
+    return "\n".join(rows) + "\n"
+
+
+class _Plain(GenerateJsonSchema):
+    """Without the titles pydantic makes of the names."""
+
+    def field_title_should_be_set(self, schema):
+        return False
+
+
+def _node(node):
+    if isinstance(node, dict):
+        return {
+            "type": "object",
+            "additionalProperties": False,
+            "properties": {key: _node(child) for key, child in node.items()},
+        }
+    if node.type == "any":
+        return {}
+    rule = {"enum": list(node.choices)} if node.choices else {"type": _TYPES[node.type]}
+    bounds = {"minimum": node.ge, "exclusiveMinimum": node.gt, "maximum": node.le}
+    rule |= {key: bound for key, bound in bounds.items() if bound is not None}
+    if node.type == "int" and not node.choices:
+        rule["multipleOf"] = 1
+    extra = ([{"const": "auto"}] if node.auto else []) + ([{"type": "null"}] if node.null else [])
+    return {"anyOf": [rule, *extra]} if extra else rule
+
+
+def _rows(kind, prefix, skip=()):
+    properties = kind.model_json_schema(schema_generator=_Plain)
+    definitions = properties.get("$defs", {})
+    for name, field in kind.model_fields.items():
+        if name in skip:
+            continue
+        takes = _takes(properties["properties"][name], definitions)
+        default = "required" if field.is_required() else f"`{json.dumps(_plain(field.default))}`"
+        yield f"| `{prefix}{name}` | {takes} | {default} | {field.description or ''} |"
+
+
+def _plain(value):
+    return value.model_dump() if hasattr(value, "model_dump") else value
+
+
+def _takes(rule, definitions):
+    if "$ref" in rule:
+        name = rule["$ref"].rsplit("/", 1)[1]
+        return "`{" + ", ".join(definitions.get(name, {})["properties"]) + "}`"
+    if "anyOf" in rule:
+        return " or ".join(_takes(option, definitions) for option in rule["anyOf"])
+    values = rule.get("enum") or ([rule["const"]] if "const" in rule else None)
+    if values is not None:
+        return ", ".join(f"`{json.dumps(value)}`" for value in values)
+    words = {"integer": "whole number", "boolean": "`true`, `false`", "array": "list of names", "null": "`null`"}
+    word = words.get(rule["type"], rule["type"])
+    signs = (("exclusiveMinimum", ">"), ("minimum", "≥"), ("exclusiveMaximum", "<"), ("maximum", "≤"))
+    bounds = [f"{sign} {rule[key]:g}" for key, sign in signs if key in rule and rule[key] < 2**62]
+    return " ".join([word, *bounds])
+
+
+if __name__ == "__main__":
+    PATH.write_text(text(), encoding="utf-8")
