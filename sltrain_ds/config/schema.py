@@ -9,6 +9,7 @@ from .block import Checkpoint, Data, Eval, FullRank, LlamaFields, LowRank, Model
 from .deepspeed_keys import ADAM, DEEPSPEED, OPTIMIZERS, SCHEDULERS, VERSION
 
 PATH = Path(__file__).with_name("sltrain.schema.json")
+_BEGIN, _END = "<!-- generated: python -m sltrain_ds.config.schema -->", "<!-- /generated -->"
 _TYPES = {
     "bool": "boolean",
     "int": "number",
@@ -125,5 +126,14 @@ def _takes(rule, definitions):
     return " ".join([word, *bounds])
 
 
+def with_table(document):
+    """``document`` (docs/config.md) with the table between its two marks written anew."""
+    before, _, rest = document.partition(_BEGIN)
+    _, _, after = rest.partition(_END)
+    return f"{before}{_BEGIN}\n{table()}{_END}{after}"
+
+
 if __name__ == "__main__":
     PATH.write_text(text(), encoding="utf-8")
+    page = PATH.parents[2] / "docs" / "config.md"
+    page.write_text(with_table(page.read_text(encoding="utf-8")), encoding="utf-8")
