@@ -2,7 +2,12 @@
 
 import json
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from sltrain_ds.errors import UserError
 
 
 def write_text(path: Path, text: str) -> None:
@@ -18,3 +23,21 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+@contextmanager
+def new_directory(out: Path) -> Iterator[Path]:
+    """A temporary directory beside `out`, which becomes `out` when the block ends and vanishes when it raises.
+
+    Raises `UserError` if `out` is a file or already holds something.
+    """
+    out = Path(out)
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"{out}: exists and is not an empty directory; give a new one")
+    partial = out.absolute().with_name(f".{out.name}.partial-{os.getpid()}")
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        os.replace(partial, out)  # takes the place of an empty directory too
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
