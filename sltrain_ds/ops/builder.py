@@ -1,8 +1,205 @@
-"""Find or build the C++ ops."""
+"""Where the C++ ops come from: built ahead of time, built at first use through DeepSpeed's op builder, or not at all.
 
-CXX_FLAGS = ["-O3", "-std=c++17", "-fopenmp"]
+``load()`` tries in this order: the extension ``sltrain_ds.ops._C`` that setup.py built; a library that an earlier process left in torch's
+extension cache; a build (about 20 s), once for all ranks that ask at the same time. Without a compiler the PyTorch reference serves,
+slower and with the same results up to rounding, and the reason is printed once. SLTRAIN_OPS=reference forces that.
+
+Top-level imports are light: setup.py reads the flags from here.
+"""
+
+import contextlib
+import hashlib
+import importlib.util
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from sltrain_ds.errors import UserError
+
+CXX_FLAGS = [
+    "-O3",
+    "-fopenmp",
+]  # torch adds the C++ standard it needs; no -march, so that a cluster can share the cache
 LINK_FLAGS = ["-fopenmp"]
 
+_state = None  # ("prebuilt" | "jit" | "reference", detail) once load() has decided
 
-def load():
-    return False
+
+def load() -> bool:
+    """Make torch.ops.sltrain's C++ kernels available. True if they are, False if the PyTorch reference serves instead."""
+    return (_state or _load())[0] != "reference"
+
+
+def build_ahead() -> tuple[str, str]:
+    """Build now, before any rank starts: ``load`` and then how it went, as ``status`` tells it."""
+    load()
+    return _state
+
+
+def status() -> tuple[str, str]:
+    """("prebuilt" | "jit" | "reference", the library's path or the reason), without building anything.
+
+    Before a build, "jit" comes with the directory where it would go.
+    """
+    if _state is not None:
+        return _state
+    if _forced():
+        return "reference", "SLTRAIN_OPS=reference"
+    if importlib.util.find_spec("sltrain_ds.ops._C") is not None:
+        return "prebuilt", importlib.util.find_spec("sltrain_ds.ops._C").origin
+    missing = missing_tools()
+    library = cached_library()
+    if library is None and missing:
+        return "reference", missing
+    return "jit", str(library or build_directory())
+
+
+def source_directory() -> Path:
+    """csrc beside the package in a checkout, sltrain_ds/csrc in an installed wheel."""
+    package = Path(__file__).resolve().parent.parent
+    inside, beside = package / "csrc", package.parent / "csrc"
+    return inside if (inside / "bindings.cpp").is_file() else beside
+
+
+def sources() -> list[str]:
+    """Absolute paths: DeepSpeed takes relative ones as its own."""
+    return sorted(str(path) for path in source_directory().glob("*.cpp"))
+
+
+def extension_name() -> str:
+    """Carries a hash of the sources, flags and torch, so that a cached library is always this one."""
+    import torch
+
+    digest = hashlib.sha256(f"{torch.__version__} {sys.version_info[:2]} {CXX_FLAGS} {LINK_FLAGS}".encode())
+    for path in sorted([*source_directory().glob("*.cpp"), *source_directory().glob("*.h")]):
+        digest.update(path.read_bytes())
+    return f"sltrain_ops_{digest.hexdigest()[:12]}"
+
+
+def build_directory() -> Path:
+    """This extension's place in torch's cache (TORCH_EXTENSIONS_DIR, or ~/.cache/torch_extensions)."""
+    from torch.utils import cpp_extension
+
+    return Path(cpp_extension._get_build_directory(extension_name(), False))
+
+
+def cached_library() -> Path | None:
+    """The library of a finished earlier build, if there is one."""
+    directory = build_directory()
+    library = directory / f"{directory.name}.so"
+    return library if (directory / "complete").exists() and library.exists() else None
+
+
+def missing_tools() -> str | None:
+    """What a build lacks here, or None."""
+    if not sources():
+        return f"the C++ sources are missing ({source_directory()})"
+    compiler = os.environ.get("CXX", "c++")
+    with _tools_on_path():
+        if not shutil.which(compiler.split()[0]):
+            return f"no C++ compiler ({compiler}) was found"
+        if not shutil.which("ninja"):
+            return "ninja was not found"
+    return None
+
+
+def _load():
+    global _state
+    _state = _find()
+    if _state[0] == "reference" and os.environ.get("RANK", "0") == "0":
+        print(f"sltrain-ds: the PyTorch reference serves in place of the C++ ops: {_state[1]}", flush=True)
+    return _state
+
+
+def _find():
+    if _forced():
+        return "reference", "SLTRAIN_OPS=reference"
+    try:
+        return "prebuilt", importlib.import_module("sltrain_ds.ops._C").__file__
+    except ModuleNotFoundError:
+        pass
+    except ImportError as error:  # built against another torch
+        print(
+            f"sltrain-ds: the ops built ahead of time do not load ({_first_line(error)}); building them anew",
+            flush=True,
+        )
+    import torch
+
+    library = cached_library()
+    if library is None:
+        missing = missing_tools()
+        if missing:
+            return "reference", missing
+        try:
+            library = _build()
+        except Exception as error:  # whatever a compiler can do wrong
+            return "reference", f"the build failed ({_first_line(error)}); `sltrain-ds doctor --build` shows all of it"
+    torch.ops.load_library(str(library))
+    return "jit", str(library)
+
+
+def _build(verbose: bool = False) -> Path:
+    """One process builds, the others wait and find the result."""
+    from sltrain_ds.ops import build_lock
+
+    directory = build_directory()
+    with build_lock.exclusive(directory) as owned:
+        library = cached_library()
+        if library is not None:
+            return library
+        build_lock.remove_dead(directory, owned)
+        print("sltrain-ds: building the C++ ops (once, about 20 s)", flush=True)
+        with _tools_on_path():
+            _op_builder().jit_load(verbose=verbose)
+        (directory / "complete").touch()
+    return directory / f"{directory.name}.so"
+
+
+def _op_builder():
+    from deepspeed.ops.op_builder.builder import OpBuilder
+
+    class SLTrainOpsBuilder(OpBuilder):
+        """The ops as DeepSpeed sees an op (deepspeed/ops/op_builder/builder.py, 0.19.8)."""
+
+        BUILD_VAR = "SLTRAIN_BUILD_OPS"
+        NAME = extension_name()
+
+        def __init__(self):
+            super().__init__(name=self.NAME)
+
+        def absolute_name(self):
+            return "sltrain_ds.ops._C"
+
+        def sources(self):
+            return sources()
+
+        def cxx_args(self):
+            return list(CXX_FLAGS)
+
+        def extra_ldflags(self):
+            return list(LINK_FLAGS)
+
+    return SLTrainOpsBuilder()
+
+
+def _forced() -> bool:
+    choice = os.environ.get("SLTRAIN_OPS", "")
+    if choice not in ("", "reference"):
+        raise UserError(f"SLTRAIN_OPS = {choice!r} is not known; set it to 'reference' or leave it unset")
+    return choice == "reference"
+
+
+@contextlib.contextmanager
+def _tools_on_path():
+    """pip puts ninja beside python, which is not on PATH where a venv's python was called by its path."""
+    before = os.environ.get("PATH", "")
+    os.environ["PATH"] = f"{before}{os.pathsep}{Path(sys.executable).parent}"
+    try:
+        yield
+    finally:
+        os.environ["PATH"] = before
+
+
+def _first_line(error) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,15 +1,19 @@
 """The two sparse moves of the operator: scatter-add of S into W, and gather of dW at the support.
 
-The support is checked once, when it is built (``support.check``); nothing is checked here.
+The support is checked once, when it is built (``support.check``); positions are not checked here. On the CPU csrc/support.cpp serves
+where it could be built, else a few lines of PyTorch with the same results.
 """
 
 import torch
 
-from sltrain_ds.ops import support
+from sltrain_ds.ops import builder, support
 
 
 def scatter_add_(W: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, values: torch.Tensor) -> None:
     """W (out, in), contiguous, += values (nnz,) at the support, in place; each sum in fp32 (fp64), rounded once to W's dtype."""
+    if W.device.type == "cpu" and builder.load():
+        torch.ops.sltrain.scatter_add_(W, rows, columns, values)
+        return
     flat = W.view(-1)
     index = support.to_flat_index(rows, columns, W.shape[1])
     wide = torch.promote_types(torch.float32, torch.promote_types(W.dtype, values.dtype))
@@ -18,4 +22,7 @@ def scatter_add_(W: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, val
 
 def gather(W: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, out: torch.Tensor) -> None:
     """out (nnz,) = W (out, in), contiguous, at the support, in out's dtype."""
+    if W.device.type == "cpu" and builder.load():
+        torch.ops.sltrain.gather(out, W, rows, columns)
+        return
     out.copy_(W.view(-1)[support.to_flat_index(rows, columns, W.shape[1])])

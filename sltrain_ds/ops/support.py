@@ -23,6 +23,7 @@ from sltrain_ds.errors import UserError
 
 GENERATOR_VERSION = 1
 ROUNDS = 8  # of the Feistel network; four mix each half, far past what the statistical tests can see
+SMALLEST_SIDE = 4  # of Z_a and Z_b: below it eight rounds leave tiny domains visibly uneven
 _MASK64 = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 _CHUNK = 1 << 20  # positions drawn at a time, to bound the reference's temporaries
@@ -67,10 +68,9 @@ def sample(out_features, in_features, nnz, support_seed, layer_name, native=True
         from sltrain_ds.ops import builder
 
         if builder.load():
-            rows, columns = torch.ops.sltrain.sample_support(
+            return torch.ops.sltrain.sample_support(
                 out_features, in_features, nnz, _signed(count_key), _signed(column_key)
             )
-            return rows, columns.view(torch.uint16) if in_features <= 65536 else columns
     counts = row_counts(out_features, in_features, nnz, count_key)
     rows = np.zeros(out_features + 1, dtype=np.int32)
     np.cumsum(counts, out=rows[1:])
@@ -186,8 +186,8 @@ def _round_keys(key):
 
 def _bijection(index, size, round_keys):
     """Keyed bijection of [0, size) at ``index`` (uint64 array); round_keys (ROUNDS, 1 or len(index)) uint32."""
-    a = isqrt(size)
-    b = -(-size // a)  # a * b exceeds size by less than a
+    a = max(isqrt(size), SMALLEST_SIDE)
+    b = max(-(-size // a), SMALLEST_SIDE)  # beyond the smallest, a * b exceeds size by less than a
     value = _feistel(index, a, b, round_keys)
     outside = np.nonzero(value >= size)[0]
     while outside.size:  # cycle walking: the few that fell outside go round again until they are inside

@@ -1,0 +1,15 @@
+// What bindings.cpp registers; each function's file says what it does.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <tuple>
+
+namespace sltrain {
+
+std::tuple<at::Tensor, at::Tensor> sample_support(int64_t out_features, int64_t in_features, int64_t nnz,
+                                                  int64_t count_key, int64_t column_key);
+void scatter_add(at::Tensor& W, const at::Tensor& rows, const at::Tensor& columns, const at::Tensor& values);
+void gather(at::Tensor& out, const at::Tensor& W, const at::Tensor& rows, const at::Tensor& columns);
+
+}  // namespace sltrain
