@@ -4,9 +4,9 @@
     bigram         p(w | v) = l c(v w) / c(v) + (1 - l) p(w)               Jelinek-Mercer, interpolated, one l
     witten_bell    p(w | v) = (c(v w) + k T(v) p(w)) / (c(v) + k T(v))     T(v): distinct followers of v
 
-c counts in the train split (N tokens, vocabulary V); where c(v) = 0 both bigrams are p(w). l and k are fitted on the last
-5% of the train split with counts from the rest, never on validation; the final counts are of all of it. Predicted are
-the same tokens as in the model's evaluation: all but the first of each sequence, from the token before; with
+c counts in the train split (N tokens, vocabulary V); where c(v) = 0 both bigrams are p(w). l and k are fitted on the
+last 5% of the train split with counts from the rest, never on validation; the final counts are of all of it. Predicted
+are the same tokens as in the model's evaluation: all but the first of each sequence, from the token before; with
 mask_documents neither the first of each document.
 """
 
