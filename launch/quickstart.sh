@@ -15,7 +15,7 @@ sltrain-ds data prepare --input $CORPUS --tokenizer $PREPARED/tokenizer --out $P
 wait $building || { cat "$LOG" >&2; stop "the ops could not be prepared; see the lines above"; }
 
 echo "== training on $RANKS rank(s)"
-deepspeed --num_gpus "$RANKS" --module sltrain_ds.train ds_configs/quickstart.json --overwrite "$@"
+deepspeed --log_level error --num_gpus "$RANKS" --module sltrain_ds.train ds_configs/quickstart.json --overwrite "$@"
 
 echo "== exporting, evaluating the exported model, drawing the report"
 sltrain-ds export $RUN/checkpoints $RUN/export

@@ -15,7 +15,7 @@ def main(argv=None) -> int:
     args = _parse(argv)
     rank = int(os.environ.get("RANK", 0))
     try:
-        return run(args)
+        return _train(args)
     except UserError as error:
         if rank:
             time.sleep(3)  # what every rank sees is rank 0's to say; the launcher ends the others meanwhile
@@ -23,7 +23,7 @@ def main(argv=None) -> int:
         return 2
 
 
-def run(args) -> int:
+def _train(args) -> int:
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     run = load(args.config, overrides=args.set, world_size=world_size, check_files=True)
     _check_run_dir(run, args)
@@ -31,53 +31,67 @@ def run(args) -> int:
     # imported here, so that a bad config is told before torch and DeepSpeed have loaded
     import deepspeed
     import torch
-    from deepspeed.accelerator import get_accelerator
-    from deepspeed.utils import logger
 
     from sltrain_ds import checkpoint, loop, models
     from sltrain_ds.data.dataset import BatchSource, evaluation_batches, open_data
     from sltrain_ds.files import write_json
+    from sltrain_ds.logs import quiet
     from sltrain_ds.loss import use_chunked_loss
     from sltrain_ds.zero.initialize import initialize, partitioner
 
-    if "DS_LOG_LEVEL" not in os.environ:
-        logger.setLevel("WARNING")
+    quiet()
     found = checkpoint.find(args.resume, run) if args.resume else None
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    accelerator = get_accelerator()
-    if accelerator.device_name() == "cpu":
-        if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("LOCAL_SIZE", world_size))))
-    else:
-        accelerator.set_device(local_rank)
+    device = _device(world_size)
     torch.use_deterministic_algorithms(run.sltrain.deterministic)
     deepspeed.init_distributed()
 
-    source = BatchSource(run)
-    data = run.sltrain.data
+    source, data = BatchSource(run), run.sltrain.data
     held_out = open_data(data.dir, "validation", data.sequence_length)
-    model = models.build(run, accelerator.current_device_name(), partitioner(run))
+    model = models.build(run, device, partitioner(run))
     if run.sltrain.loss == "chunked":
         use_chunked_loss(model)
     engine, *_ = initialize(model=model, config=run)
+    rank = engine.global_rank
 
     def validation():
-        return evaluation_batches(
-            held_out, run.sltrain.eval.tokens, run.micro_batch_size, engine.global_rank, world_size, data.mask_documents
-        )
+        budget = run.sltrain.eval.tokens
+        return evaluation_batches(held_out, budget, run.micro_batch_size, rank, world_size, data.mask_documents)
 
     start = checkpoint.resume(engine, run, found) if found else (0, 0)
-    if engine.global_rank == 0:
+    if rank == 0:
         write_json(run.run_dir / "config.json", run.to_json())
+        print(_describe(run, model, source.data), flush=True)
     try:
         loop.train(engine, run, source, validation, *start)
     except loop.NonFiniteLoss as error:
-        if engine.global_rank == 0:
+        if rank == 0:
             print(f"sltrain-ds: {error}", file=sys.stderr, flush=True)
         return 1
     finally:
         engine.destroy()
     return 0
+
+
+def _device(world_size: int) -> str:
+    """This rank's device, made current; CPU ranks of a node share its cores evenly."""
+    import torch
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    if accelerator.device_name() != "cpu":
+        accelerator.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    elif "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("LOCAL_SIZE", world_size))))
+    return accelerator.current_device_name()
+
+
+def _describe(run, model, data) -> str:
+    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+    return (
+        f"{run.sltrain.method.name}, {parameters / 1e6:.2f}M parameters, ZeRO-{run.zero_stage}, {run.world_size} rank(s) x "
+        f"{run.micro_batch_size} sequences x {run.accumulation} micro-batches; an epoch is {data.num_sequences:,} sequences "
+        f"of {data.sequence_length} tokens, {data.dropped_tokens} tail tokens dropped"
+    )
 
 
 def _parse(argv):

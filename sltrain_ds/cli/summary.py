@@ -57,8 +57,11 @@ def _baselines(run_dir: Path, settings) -> dict:
     path = run_dir / "baselines.json"
     if path.exists():
         return json.loads(path.read_text(encoding="utf-8"))
-    from sltrain_ds.data.ngram import baselines
+    from sltrain_ds.data.dataset import open_data
+    from sltrain_ds.data.ngram import perplexities
 
-    result = baselines(settings.data.dir, settings.data.sequence_length, settings.eval.tokens)
+    data = settings.data
+    splits = [open_data(data.dir, split, data.sequence_length) for split in ("train", "validation")]
+    result = perplexities(*splits, settings.eval.tokens, data.mask_documents)
     write_json(path, result)
     return result
