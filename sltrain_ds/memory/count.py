@@ -1,13 +1,14 @@
 """Every parameter of a LLaMA-class model under a method, from its config alone: no torch, no model."""
 
-import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
+from typing import Any
 
-from sltrain_ds.config.presets import PRESETS
+from sltrain_ds.config.shapes import model_fields
 from sltrain_ds.errors import UserError
+
+__all__ = ["GROUPS", "Linear", "Model", "Shape", "Support", "Tensor", "count", "model_fields", "nonzeros"]
 
 GROUPS = ("factors", "sparse", "dense", "norms")  # the optimizer's groups, in its order
 _LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")
@@ -114,43 +115,44 @@ class Shape:
         yield Linear(mlp + "down_proj", self.hidden, self.intermediate, self.mlp_bias)
 
 
-def model_fields(block) -> dict:
-    """LlamaConfig fields of a `sltrain.model` block: a preset's, its own `config`, or its directory's config.json."""
-    if block.preset is not None:
-        if block.preset not in PRESETS:
-            raise UserError(f'sltrain.model.preset: no preset "{block.preset}"; known: {", ".join(PRESETS)}')
-        return PRESETS[block.preset]
-    if block.config is not None:
-        return dict(block.config)
-    file = Path(block.path) / "config.json"
-    try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"sltrain.model.path: cannot read {file} ({error}); give a Hugging Face model directory") from None
+@dataclass(frozen=True)
+class Replacement:
+    """What a method puts in place of a targeted W (out x in), as its MethodLinear declares it.
+
+    `parameters(out, in, method)` lists (suffix, shape, role); `composes`: W is built in the shared workspace;
+    `kept_width(method)`: width of what its forward saves beside x, a layer.
+    """
+
+    parameters: Callable[[int, int, Any], list]
+    composes: bool = False
+    kept_width: Callable[[Any], int] = lambda method: 0
 
 
-# What each method puts in place of a targeted W (out x in): (suffix, shape, role) of its parameters, in their order.
-def _sltrain(out, inn, method):
-    nnz = nonzeros(method.density, out, inn)
-    return [("A", (method.rank, inn), "factors"), ("B", (out, method.rank), "factors"), ("S_values", (nnz,), "sparse")]
-
-
-def _low_rank(out, inn, method):
+def _factors(out, inn, method):
     return [("A", (method.rank, inn), "factors"), ("B", (out, method.rank), "factors")]
 
 
-REPLACEMENTS = {"sltrain": _sltrain, "low_rank": _low_rank, "full_rank": None}
+def _factors_and_sparse(out, inn, method):
+    return [*_factors(out, inn, method), ("S_values", (nonzeros(method.density, out, inn),), "sparse")]
+
+
+# The layers themselves need torch; a test holds these entries against every method's real model on the meta device.
+REPLACEMENTS = {
+    "sltrain": Replacement(_factors_and_sparse, composes=True),
+    "low_rank": Replacement(_factors, kept_width=lambda method: method.rank),
+    "full_rank": None,
+}
 
 
 @dataclass(frozen=True)
 class Model:
-    """The counted model: its tensors in `named_parameters()` order, supports, projections replaced and left dense."""
+    """The counted model, its tensors in `named_parameters()` order."""
 
     shape: Shape
     tensors: tuple[Tensor, ...]
     supports: tuple[Support, ...]
-    replaced: tuple[Linear, ...]
-    rank: int
+    workspace: int  # elements of the largest W that is composed
+    kept_width: int  # summed over the layers: what their forward saves beside x, in elements a token
 
     @property
     def parameters(self) -> int:
@@ -167,29 +169,45 @@ def count(shape: Shape, method=None) -> Model:
     name = method.name if method is not None else "full_rank"
     if name not in REPLACEMENTS:
         raise UserError(f'sltrain.method.name: cannot count "{name}"; known: {", ".join(REPLACEMENTS)}')
-    replace = REPLACEMENTS[name]
-    tensors, supports, replaced = [Tensor("model.embed_tokens.weight", (shape.vocab, shape.hidden), "dense")], [], []
+    counted = _Counter(REPLACEMENTS[name], method)
+    counted.add("model.embed_tokens.weight", (shape.vocab, shape.hidden), "dense")
     for layer in range(shape.layers):
+        at = f"model.layers.{layer}."
         for linear in shape.linears(layer):
-            if replace is not None and targeted(linear.name, method.target_modules):
-                replaced.append(linear)
-                for suffix, dims, role in replace(linear.out_features, linear.in_features, method):
-                    tensors.append(Tensor(f"{linear.name}.{suffix}", dims, role))
-                    if role == "sparse":
-                        supports.append(Support(linear.out_features, linear.in_features, dims[0]))
-            else:
-                tensors.append(Tensor(f"{linear.name}.weight", (linear.out_features, linear.in_features), "dense"))
-            if linear.bias:
-                tensors.append(Tensor(f"{linear.name}.bias", (linear.out_features,), "norms"))
+            counted.add_linear(linear)
             if shape.qk_norm and linear.name.endswith("o_proj"):
-                tensors += [Tensor(linear.name.replace("o_proj", f"{x}_norm.weight"), (shape.head_dim,), "norms")
-                            for x in "qk"]
-        tensors += [Tensor(f"model.layers.{layer}.{norm}_layernorm.weight", (shape.hidden,), "norms")
-                    for norm in ("input", "post_attention")]
-    tensors.append(Tensor("model.norm.weight", (shape.hidden,), "norms"))
+                counted.add(at + "self_attn.q_norm.weight", (shape.head_dim,), "norms")
+                counted.add(at + "self_attn.k_norm.weight", (shape.head_dim,), "norms")
+        counted.add(at + "input_layernorm.weight", (shape.hidden,), "norms")
+        counted.add(at + "post_attention_layernorm.weight", (shape.hidden,), "norms")
+    counted.add("model.norm.weight", (shape.hidden,), "norms")
     if not shape.tied:
-        tensors.append(Tensor("lm_head.weight", (shape.vocab, shape.hidden), "dense"))
-    return Model(shape, tuple(tensors), tuple(supports), tuple(replaced), getattr(method, "rank", 0) if replaced else 0)
+        counted.add_linear(Linear("lm_head", shape.vocab, shape.hidden))
+    return Model(shape, tuple(counted.tensors), tuple(counted.supports), counted.workspace, counted.kept_width)
+
+
+class _Counter:
+    def __init__(self, replacement: Replacement | None, method):
+        self.replacement, self.method = replacement, method
+        self.tensors, self.supports, self.workspace, self.kept_width = [], [], 0, 0
+
+    def add(self, name, shape, group):
+        self.tensors.append(Tensor(name, shape, group))
+
+    def add_linear(self, linear: Linear):
+        out, inn = linear.out_features, linear.in_features
+        if self.replacement is None or not targeted(linear.name, self.method.target_modules):
+            self.add(linear.name + ".weight", (out, inn), "dense")
+        else:
+            for suffix, shape, role in self.replacement.parameters(out, inn, self.method):
+                self.add(f"{linear.name}.{suffix}", shape, role)
+                if role == "sparse":
+                    self.supports.append(Support(out, inn, shape[0]))
+            self.kept_width += self.replacement.kept_width(self.method)
+            if self.replacement.composes:
+                self.workspace = max(self.workspace, linear.numel)
+        if linear.bias:
+            self.add(linear.name + ".bias", (out,), "norms")
 
 
 def targeted(name: str, patterns) -> bool:

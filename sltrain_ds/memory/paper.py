@@ -13,7 +13,7 @@ with embedding, head and norms), P_other = embedding, head and norms, nnz the no
                 the frozen full model and a low-rank model of its own beside it; moments of the low-rank model
 
 ReLoRA's two parts are rounded to two decimals each and then added: at 1B 3.90 + 2.44 = 6.34, while the sum itself,
-6.334, would print as 6.33. That is the reading under which the printed 6.34 comes out; every other figure is rounded once.
+6.334, would print as 6.33. That is the reading under which the printed 6.34 comes out; all other rows are rounded once.
 """
 
 from dataclasses import dataclass
@@ -59,7 +59,7 @@ class Row:
 
 
 def table(shape: Shape, rank: int | None = None, density: float | None = None) -> dict[str, Row]:
-    """Rows by method for a model of `shape`, every projection replaced; what needs an absent rank or density is left out."""
+    """Rows by method for a model of `shape`, every projection replaced; what needs an absent rank or density is out."""
     sizes = [(w.out_features, w.in_features) for w in shape.linears(0)] * shape.layers
     # embedding, head, two norms a block and the last one; the paper's models have no biases
     other = (1 if shape.tied else 2) * shape.vocab * shape.hidden + (2 * shape.layers + 1) * shape.hidden

@@ -22,7 +22,7 @@ def rows(preset):
     return table(Shape.of(PRESETS[preset]), *RECIPES[preset])
 
 
-@pytest.mark.parametrize(("method", "preset", "printed"), [(m, p, text) for m in TABLE_2 for p, text in TABLE_2[m].items()])
+@pytest.mark.parametrize(("method", "preset", "printed"), [(m, p, t) for m in TABLE_2 for p, t in TABLE_2[m].items()])
 def test_table_2(method, preset, printed):
     row = rows(preset)[method]
     assert f"{row.millions} {row.gigabytes}" == printed

@@ -1,0 +1,51 @@
+"""Activation memory of a transformers LLaMA with SDPA: what one micro-batch keeps for the backward pass, in bytes.
+
+A model, not a count. The terms are the tensors autograd saves in modeling_llama.py of transformers 5.23 (a test holds
+them against saved-tensor hooks); what kernels allocate for themselves comes on top. T tokens of the micro-batch,
+h hidden, f intermediate, q and k the widths of queries and keys, a heads, V vocabulary, c bytes of the compute dtype:
+
+    norm        4 T h (its input in fp32) + c T h (normalised) + 4 T (1 / rms)
+    attention   c T h (the normed input) + c T (q + 2 k) + c T q (output) + 4 T a (log-sum-exp)
+    MLP         c T h (the normed input) + 4 c T f (gate, silu(gate), up, their product)
+    block       2 norms + attention + MLP, and c T r for each x A^T that a method keeps
+    head        norm + c T h + 12 T V (fp32: log-probabilities, their gradient, the logits' gradient)
+                chunked loss: the V term for the tokens of one chunk
+    all         layers x block + head; with checkpointing layers x c T h + max(block, head)
+"""
+
+from sltrain_ds.memory.count import Model, Shape
+
+CHUNK_BYTES = 32 << 20  # fp32 logits alive at once, as in loss.py
+
+
+def activations(model: Model, tokens: int, compute: int, checkpointing: bool, chunked: bool) -> int:
+    """Bytes at the start of the backward pass of `tokens` tokens; `compute`: bytes an element."""
+    s = model.shape
+    one = block(model, tokens, compute)
+    last = head(s, tokens, compute) + 12 * s.vocab * (chunk_tokens(s.vocab, tokens) if chunked else tokens)
+    if checkpointing:
+        return s.layers * compute * tokens * s.hidden + max(one, last)
+    return s.layers * one + last
+
+
+def block(model: Model, tokens: int, compute: int) -> int:
+    """What one transformer block saves."""
+    s = model.shape
+    q, k = s.heads * s.head_dim, s.kv_heads * s.head_dim
+    attention = compute * tokens * (s.hidden + q + 2 * k + q) + 4 * tokens * s.heads
+    mlp = compute * tokens * (s.hidden + 4 * s.intermediate)
+    return 2 * _norm(s, tokens, compute) + attention + mlp + compute * tokens * model.kept_width // s.layers
+
+
+def head(s: Shape, tokens: int, compute: int) -> int:
+    """The last norm and the head's input; the T x V arrays come on top."""
+    return _norm(s, tokens, compute) + compute * tokens * s.hidden
+
+
+def chunk_tokens(vocab: int, tokens: int) -> int:
+    """Tokens of a chunk of the chunked loss."""
+    return min(tokens, max(1, CHUNK_BYTES // (4 * vocab)))
+
+
+def _norm(s, tokens, compute):
+    return (4 + compute) * tokens * s.hidden + 4 * tokens

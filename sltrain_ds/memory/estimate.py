@@ -1,0 +1,105 @@
+"""`estimate`: parameters and bytes by category on each GPU, for a config and a number of GPUs; nothing is built.
+
+The categories are those of the backward pass, each at its own largest, so that their sum is an upper bound of what is
+held then; `moments` gives the sums while the engine is built, in the backward pass and in `optimizer.step()`. Bytes of
+tensors: the allocator's fragmentation, the CUDA context and Python come on top. docs/memory.md says the rest.
+"""
+
+from dataclasses import dataclass, field
+
+from sltrain_ds.memory.activations import activations
+from sltrain_ds.memory.count import GROUPS, Model, Shape, count
+from sltrain_ds.memory.paper import RECIPES, Row, table
+from sltrain_ds.memory.zero import Settings, held
+
+CATEGORIES = ("weights", "index", "states", "masters", "gradients", "buckets", "activations", "workspace")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """`parameters`: trained numbers by role ("norms" are one-dimensional dense ones), `bytes`: one GPU's, by category
+    (CATEGORIES, summing to `total`), `moments`: sums at three moments, `paper`: the paper's rows by method."""
+
+    gpus: int
+    zero_stage: int
+    tokens: int  # of a micro-batch
+    parameters: dict[str, int]
+    bytes: dict[str, int]
+    moments: dict[str, int]
+    dense: "Estimate | None" = None
+    paper: dict[str, Row] = field(default_factory=dict)
+
+    @property
+    def total(self) -> int:
+        return sum(self.bytes.values())
+
+    @property
+    def peak(self) -> int:
+        """The largest of the three moments."""
+        return max(self.moments.values())
+
+    def to_json(self) -> dict:
+        """Plain data; the keys are stable, sizes are bytes on one GPU, "format" changes when a key does."""
+        out = {
+            "format": 1,
+            "gpus": self.gpus,
+            "zero_stage": self.zero_stage,
+            "tokens_per_micro_batch": self.tokens,
+            "parameters": {**self.parameters, "total": sum(self.parameters.values())},
+            "bytes": {**self.bytes, "total": self.total},
+            "moments": {**self.moments, "peak": self.peak},
+        }
+        if self.dense is not None:
+            dense = self.dense.to_json()
+            out["dense"] = {key: dense[key] for key in ("parameters", "bytes", "moments")}
+        if self.paper:
+            out["paper"] = {
+                name: {"parameters": row.parameters, "bytes": row.bytes, "parts": row.parts,
+                       "printed": {"millions": row.millions, "gigabytes": row.gigabytes}}
+                for name, row in self.paper.items()
+            }  # fmt: skip
+        return out
+
+
+def estimate(run, gpus: int | None = None) -> Estimate:
+    """Estimate a `RunConfig` on `gpus` GPUs (default `run.world_size`), with the dense model under the same config.
+
+    Raises `UserError` for models that cannot be counted and settings whose memory is not modelled.
+    """
+    gpus = run.world_size if gpus is None else gpus
+    shape = Shape.of(run.model_fields)
+    own = _one(run, gpus, count(shape, run.sltrain.method))
+    dense = _one(run, gpus, count(shape))
+    return Estimate(**{**vars(own), "dense": dense, "paper": table(shape, *_recipe(run.sltrain))})
+
+
+def _one(run, gpus: int, model: Model) -> Estimate:
+    settings = Settings.of(run, gpus)
+    groups = model.by_group()
+    on_gpu = held(groups, settings)
+    tokens = run.micro_batch_size * run.sltrain.data.sequence_length
+    checkpointing = run.sltrain.model.activation_checkpointing != "none"
+    sizes = {
+        "weights": on_gpu.weights,
+        "index": sum(support.bytes for support in model.supports),
+        "states": on_gpu.states,
+        "masters": on_gpu.masters,
+        "gradients": on_gpu.gradients,
+        "buckets": on_gpu.buckets,
+        "activations": activations(model, tokens, settings.weight, checkpointing, run.sltrain.loss == "chunked"),
+        "workspace": model.workspace * settings.weight,
+    }
+    kept = on_gpu.weights + sizes["index"] + on_gpu.masters
+    moments = {
+        "initialize": kept + on_gpu.init_extra,
+        "backward": sum(sizes.values()),
+        "step": kept + on_gpu.states + sizes["workspace"] + on_gpu.step_buckets + on_gpu.gradients + on_gpu.step_extra,
+    }
+    parameters = {group: sum(t.numel for t in groups.get(group, ())) for group in GROUPS}
+    return Estimate(gpus, run.zero_stage, tokens, parameters, sizes, moments)
+
+
+def _recipe(block) -> tuple[int | None, float | None]:
+    """(rank, density) for the paper's rows: the run's own, else the paper's for its preset."""
+    preset = RECIPES.get(block.model.preset, (None, None))
+    return tuple(getattr(block.method, key, own) for key, own in zip(("rank", "density"), preset, strict=True))

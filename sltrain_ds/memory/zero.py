@@ -1,0 +1,225 @@
+"""What DeepSpeed 0.19.8 allocates on one GPU for a list of parameter groups, stage by stage, in bytes.
+
+Read from runtime/zero/stage_1_and_2.py, stage3.py, partition_parameters.py and engine.py of that version. `weights`,
+`masters` and `states` are exact (a test compares them with a live engine at every stage); `gradients` and `buckets`
+are what the code allocates at its worst moment, docs/memory.md gives the formulas.
+"""
+
+from dataclasses import dataclass
+from math import ceil
+
+from sltrain_ds.errors import UserError
+
+ALIGNMENT = 2  # elements a rank: nccl_start_alignment_factor, stage_1_and_2.py
+EIGHT_BIT_BLOCK = 256  # values under one fp32 absmax, bitsandbytes
+EIGHT_BIT_FLOOR = 4096  # bitsandbytes keeps smaller tensors in 32 bits
+_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The keys that decide, DeepSpeed's defaults filled in. Sizes in elements, dtypes as bytes an element."""
+
+    stage: int
+    world: int
+    weight: int  # bytes of a weight
+    master: int  # bytes of a master
+    accumulate: int  # bytes of an accumulated gradient
+    eight_bit: bool
+    accumulation: int
+    reduce_bucket: int
+    overlap: bool
+    contiguous: bool
+    parameter_alignment: bool
+    sub_group: int
+    persistence: int
+    model_persistence: int
+    prefetch: int
+    max_live: int
+    max_reuse: int
+
+    @classmethod
+    def of(cls, run, world: int) -> "Settings":
+        """From a `RunConfig`; raises `UserError` for what moves memory in ways not counted here."""
+        ds = run.deepspeed
+        zero = ds.get("zero_optimization", {})
+        if zero.get("zero_quantized_weights"):
+            raise UserError("zero_optimization.zero_quantized_weights: not estimated; remove the key")
+        if zero.get("mics_shard_size", -1) > 0:
+            raise UserError("zero_optimization.mics_shard_size: not estimated; remove the key")
+        if zero.get("zero_hpz_partition_size", 1) > 1:
+            raise UserError("zero_optimization.zero_hpz_partition_size: not estimated; set it to 1")
+
+        def number(key, default):
+            value = zero.get("stage3_" + key, zero.get(key, default))
+            return default if value in (None, "auto") else int(value)
+
+        weight = 2 if run.bf16 else 4
+        accumulate = (ds.get("data_types") or {}).get("grad_accum_dtype")
+        overlap = zero.get("overlap_comm")
+        return cls(
+            stage=run.zero_stage,
+            world=world,
+            weight=weight,
+            master=2 if run.weights == "bf16" else 4,
+            accumulate=_BYTES[accumulate] if accumulate else weight,
+            eight_bit=run.sltrain.precision.states == "8bit",
+            accumulation=run.accumulation,
+            reduce_bucket=number("reduce_bucket_size", 500_000_000),
+            overlap=run.zero_stage == 3 if overlap is None else overlap,  # zero/config.py:384
+            contiguous=zero.get("contiguous_gradients", True),
+            parameter_alignment=zero.get("parameter_alignment", False),
+            sub_group=number("sub_group_size", 1_000_000_000),
+            persistence=number("param_persistence_threshold", 100_000),
+            model_persistence=number("model_persistence_threshold", 2**63),
+            prefetch=number("prefetch_bucket_size", 50_000_000),
+            max_live=number("max_live_parameters", 1_000_000_000),
+            max_reuse=number("max_reuse_distance", 1_000_000_000),
+        )
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes on one GPU. `step_extra`: copies inside `optimizer.step()`; `step_buckets`: buckets still held then;
+    `init_extra`: transient copies while the engine is built."""
+
+    weights: int
+    masters: int
+    states: int
+    gradients: int
+    buckets: int
+    step_extra: int
+    step_buckets: int
+    init_extra: int
+
+
+def held(groups: dict[str, list], s: Settings) -> Held:
+    """`groups`: optimizer group name -> its tensors (`count.Tensor`), in the optimizer's order."""
+    return {0: _stage_0, 1: _stage_1_and_2, 2: _stage_1_and_2, 3: _stage_3}[s.stage](groups, s)
+
+
+def states(numel: int, s: Settings, group: str) -> int:
+    """Both Adam moments of a tensor that is stepped; step counters (4 bytes) and the shared 8-bit maps left out."""
+    if not s.eight_bit:
+        return 2 * numel * s.master
+    if group == "norms" or numel < EIGHT_BIT_FLOOR:
+        return 2 * numel * 4
+    return 2 * (numel + 4 * ceil(numel / EIGHT_BIT_BLOCK))
+
+
+def _stage_0(groups, s):
+    tensors = [(t, group) for group, members in groups.items() for t in members]
+    total = sum(t.numel for t, _ in tensors)
+    mixed = s.weight != 4  # a low-precision model is wrapped with fp32 copies; an fp32 one steps its weights in place
+    gradients = total * s.weight
+    return Held(
+        weights=total * s.weight,
+        masters=total * 4 if mixed else 0,
+        states=sum(states(t.numel, s, group) for t, group in tensors),
+        gradients=gradients,
+        buckets=min(total, 500_000_000) * s.weight,  # the flattened copy that is all-reduced, engine.py:3073
+        step_extra=total * 4 if mixed else 0,
+        step_buckets=0,
+        init_extra=0,
+    )
+
+
+def _stage_1_and_2(groups, s):
+    if s.stage == 1 and s.accumulate != s.weight:
+        raise UserError("data_types.grad_accum_dtype: at stage 1 it brings another DeepSpeed optimizer, which is not "
+                        "estimated; remove the key or use stage 2")
+    flat = {group: _flat_numel(tensors, s) for group, tensors in groups.items()}
+    parts = {group: numel // s.world for group, numel in flat.items()}
+    total = sum(t.numel for tensors in groups.values() for t in tensors)
+    largest = max(t.numel for tensors in groups.values() for t in tensors)
+    if s.accumulate != s.weight:
+        owned = sum(parts.values()) * s.accumulate  # one flat buffer for the partition (:1267)
+        rounds = 1
+    else:
+        owned = _owned(groups, parts, s) * s.weight  # whole tensors that touch the partition (:2177)
+        rounds = 2 if s.stage == 2 and s.accumulation > 1 else 1  # the sum so far beside the new micro-batch's
+    # stage 1 keeps every gradient until the boundary, stage 2 one on its way into the bucket
+    waiting = (total if s.stage == 1 else largest) * s.weight
+    bucket = s.reduce_bucket if s.contiguous else 0
+    filled = min(s.reduce_bucket, total)
+    # a group's gradients are flattened, then cast to the master's dtype; a single or already flat one needs no copy
+    flat_copy = {g: n * s.weight * (len(groups[g]) > 1 and s.accumulate == s.weight) for g, n in parts.items()}
+    cast_copy = {g: n * s.master * (s.master != s.accumulate) for g, n in parts.items()}
+    flattening = max(numel * s.weight for numel in flat.values())
+    zero_gradients = sum(parts.values()) * s.master
+    return Held(
+        weights=sum(flat.values()) * s.weight,
+        masters=sum(parts.values()) * s.master,
+        states=sum(states(numel, s, group) for group, numel in parts.items()),
+        gradients=owned * rounds + waiting,
+        buckets=(bucket * (2 if s.overlap else 1) + filled) * s.weight,  # filled: the flat copy that is all-reduced
+        step_extra=max(flat_copy[g] + cast_copy[g] for g in parts) - waiting,
+        step_buckets=0,
+        init_extra=max(flattening, zero_gradients),
+    )
+
+
+def _flat_numel(tensors, s) -> int:
+    """Elements of a group's flat buffer: each tensor, 16-byte padding between them if asked, the end aligned."""
+    unit = 16 // s.weight if s.parameter_alignment else 1
+    numel = sum(ceil(t.numel / unit) * unit for t in tensors[:-1]) + tensors[-1].numel
+    step = ALIGNMENT * s.world
+    return ceil(numel / step) * step
+
+
+def _owned(groups, parts, s) -> int:
+    """Elements of the tensors that overlap a rank's partition, for the rank with most of them."""
+    by_rank = [0] * s.world
+    for group, tensors in groups.items():
+        offset = 0
+        for tensor in tensors:
+            first, last = offset // parts[group], (offset + tensor.numel - 1) // parts[group]
+            for rank in range(first, last + 1):
+                by_rank[rank] += tensor.numel
+            offset += tensor.numel
+    return max(by_rank)
+
+
+def _stage_3(groups, s):
+    shards = {group: [ceil(t.numel / s.world) for t in tensors] for group, tensors in groups.items()}
+    sharded = sum(map(sum, shards.values()))
+    sub_groups = [(group, numel) for group, sizes in shards.items() for numel in _sub_groups(sizes, s.sub_group)]
+    tensors = [t for members in groups.values() for t in members]
+    total, largest = sum(t.numel for t in tensors), max(t.numel for t in tensors)
+    # at world 1 a gathered parameter is its shard (partition_parameters.py, _no_gather_coalesced)
+    persistent = persistent_held = gathered = 0
+    if s.world > 1:
+        for tensor in tensors:
+            if tensor.numel <= s.persistence and persistent + tensor.numel <= s.model_persistence:
+                persistent += tensor.numel
+                persistent_held += ceil(tensor.numel / s.world) * s.world  # gathered with the padding of its shards
+        gathered = min(total - persistent, s.max_live, max(s.max_reuse, s.prefetch + 2 * largest))
+    reduce_input = min(s.reduce_bucket, total)
+    bucket = (s.reduce_bucket if s.contiguous else 0) + reduce_input
+    gradients = sharded * s.accumulate
+    biggest = max(numel for _, numel in sub_groups)
+    cast_copy = biggest * s.master if s.master != s.accumulate else 0
+    held_buckets = (s.reduce_bucket if s.contiguous else 0) * s.weight
+    return Held(
+        weights=(sharded + persistent_held) * s.weight,
+        masters=sharded * s.master,
+        states=sum(states(numel, s, group) for group, numel in sub_groups),
+        gradients=gradients + largest * s.weight,
+        buckets=(bucket + gathered) * s.weight,
+        step_extra=biggest * s.accumulate + cast_copy - largest * s.weight,
+        step_buckets=held_buckets,
+        init_extra=max(sharded * s.weight, biggest * s.master, held_buckets + gradients),
+    )
+
+
+def _sub_groups(sizes, limit) -> list[int]:
+    """Elements of the pieces a group is stepped in (stage3.py, _create_fp16_sub_groups)."""
+    if limit >= sum(sizes):
+        return [sum(sizes)]
+    pieces, filled = [], 0
+    for position, size in enumerate(sizes):
+        filled += size
+        if filled >= limit or position == len(sizes) - 1:
+            pieces.append(filled)
+            filled = 0
+    return pieces
