@@ -104,7 +104,10 @@ class _Files:
 
     def __getitem__(self, path: Path) -> dict:
         if path not in self._open:
-            self._open[path] = load(path, mmap=True)
+            content = load(path, mmap=True)
+            if not isinstance(content, dict) or not {"module", "optimizer_state_dict"} & set(content):
+                raise UserError(f"{path}: not a DeepSpeed checkpoint file, holds neither module nor optimizer_state_dict")
+            self._open[path] = content
         return self._open[path]
 
     def count(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -239,5 +242,7 @@ class _Partitioned:
         length = self._slice(shape)
         for begin, piece in zip(range(0, len(whole), length or 1), slices, strict=False):
             end = min(begin + length, len(whole))  # what lies behind it is padding
+            if len(piece) < end - begin:
+                raise UserError(f"{self._folder}: damaged, the slices of {name} do not fill its shape {tuple(shape)}")
             whole[begin:end] = piece.detach()[: end - begin]
         return self._files.count(whole).view(shape)
