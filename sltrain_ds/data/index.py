@@ -66,7 +66,7 @@ def _fault(index) -> str | None:
             if split["tokens"] != sum(shard["tokens"] for shard in split["shards"]) or split["documents"] < 0:
                 return f"damaged: the shards of {name} do not add up"
             for shard in split["shards"]:
-                if Path(shard["file"]).name != shard["file"] or not isinstance(shard["sha256"], str):
+                if Path(shard["file"]).name != shard["file"] or shard["tokens"] < 1 or len(shard["sha256"]) != 64:
                     return f"damaged: shard {shard['file']!r}"
         if "train" not in index["splits"]:
             return "damaged: no train split"

@@ -4,7 +4,6 @@ A source gives its rows one by one; a row holds the documents cut out of it. Its
 stopped preparation goes on behind the last row it kept.
 """
 
-import glob
 import hashlib
 import json
 import re
@@ -106,8 +105,7 @@ class _File(Source):
         return {"file": self.path.name, "bytes": size, "sha256_of_ends": digest.hexdigest()}
 
     def _load(self, builder: str, **options):
-        # absolute and escaped: `datasets` reads a file name as a pattern
-        return _load(builder, data_files=[glob.escape(str(self.path.resolve()))], split="train", **options)
+        return _load(builder, data_files=[str(self.path.resolve())], split="train", **options)
 
     def explain(self, error: Exception, number: int) -> str:
         if isinstance(error, UnicodeDecodeError):
@@ -209,6 +207,8 @@ def file_source(path: str | Path, column: str = "text", documents: str = "chapte
         raise UserError(f"{path}: no such file")
     if path.stat().st_size == 0:
         raise UserError(f"{path}: the file is empty")
+    if set("[]*?") & set(str(path.resolve())) or "::" in str(path.resolve()):
+        raise UserError(f"{path}: `datasets` would read its path as a pattern; rename it, without [ ] * ? and ::")
     suffixes = [suffix.lower() for suffix in path.suffixes]
     compressed = bool(suffixes) and suffixes[-1] in COMPRESSIONS
     kind = KINDS.get((suffixes[-2:-1] if compressed else suffixes[-1:] or [""])[0] if suffixes else "")

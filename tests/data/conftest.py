@@ -8,7 +8,23 @@ import pytest
 from sltrain_ds.data import tokenizer as tokenizers
 from sltrain_ds.data.index import DTYPES, file_sha256
 
-WORDS = "the a cat dog house tree runs sleeps sees under over blue red old new and then she he it".split()
+WORDS = [
+    "the",
+    "a",
+    "cat",
+    "dog",
+    "house",
+    "tree",
+    "runs",
+    "sleeps",
+    "sees",
+    "under",
+    "over",
+    "red",
+    "old",
+    "she",
+    "it",
+]
 
 
 def make_documents(count: int, seed: int = 0) -> list[str]:

@@ -26,6 +26,10 @@ def model():
     return LlamaForCausalLM(config).eval()
 
 
+def packed(documents):
+    return [token for document in documents for token in document]
+
+
 def alone(model, documents):
     with torch.no_grad():
         return torch.cat([model(input_ids=torch.tensor([d]), use_cache=False).logits[0] for d in documents])
@@ -35,8 +39,7 @@ def alone(model, documents):
 def test_logits_of_a_packed_document_are_those_of_the_document_alone(model, rows):
     *whole, last = DOCUMENTS  # the last one is cut off by the end of the row
     orders = [[*whole[i:], *whole[:i], last] for i in range(rows)]
-    packed = np.array([sum(order, []) for order in orders])
-    batch = to_batch(packed, EOS)
+    batch = to_batch(np.array([packed(order) for order in orders]), EOS)
     with torch.no_grad():
         got = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
         plain = model(input_ids=batch["input_ids"], use_cache=False).logits
@@ -46,7 +49,7 @@ def test_logits_of_a_packed_document_are_those_of_the_document_alone(model, rows
 
 
 def test_loss_is_the_mean_over_tokens_inside_documents(model):
-    batch = to_batch(np.array([sum(DOCUMENTS, [])]), EOS)
+    batch = to_batch(np.array([packed(DOCUMENTS)]), EOS)
     with torch.no_grad():
         got = model(**batch, use_cache=False).loss
     losses = []
@@ -57,7 +60,7 @@ def test_loss_is_the_mean_over_tokens_inside_documents(model):
 
 
 def test_gradient_does_not_cross_a_border(model):
-    batch = to_batch(np.array([sum(DOCUMENTS, [])]), EOS)
+    batch = to_batch(np.array([packed(DOCUMENTS)]), EOS)
     embedded = model.get_input_embeddings()(batch["input_ids"]).detach().requires_grad_()
     logits = model(inputs_embeds=embedded, position_ids=batch["position_ids"], use_cache=False).logits
     logits[0, 9].sum().backward()  # a token of the third document, which starts at 7

@@ -57,9 +57,10 @@ def test_special_ids_and_size(tokenizer, tokenizer_dir):
     assert tokenizer.pad_token_id is None
     assert len(tokenizer) == tokenizers.vocab_size(tokenizer) == 320
     again = AutoTokenizer.from_pretrained(tokenizer_dir)
-    assert again("the cat  sleeps 12", add_special_tokens=False).input_ids == tokenizers.encode(
-        tokenizer, ["the cat  sleeps 12"]
-    )[0]
+    assert (
+        again("the cat  sleeps 12", add_special_tokens=False).input_ids
+        == tokenizers.encode(tokenizer, ["the cat  sleeps 12"])[0]
+    )
 
 
 def test_digits_are_single_and_unknown_characters_are_bytes(tokenizer):
