@@ -106,7 +106,7 @@ class _Files:
         if path not in self._open:
             content = load(path, mmap=True)
             if not isinstance(content, dict) or not {"module", "optimizer_state_dict"} & set(content):
-                raise UserError(f"{path}: not a DeepSpeed checkpoint file, holds neither module nor optimizer_state_dict")
+                raise UserError(f"{path}: not a DeepSpeed checkpoint file: no module, no optimizer_state_dict")
             self._open[path] = content
         return self._open[path]
 

@@ -1,14 +1,11 @@
 """What the reader takes from a checkpoint equals what the engine held when it wrote it."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import launch
 from safetensors.torch import load_file
 
 from sltrain_ds.errors import UserError
@@ -26,20 +23,6 @@ CASES = {
 }
 
 
-def launch(world, *arguments):
-    """Run the worker under the deepspeed launcher on CPU ranks."""
-    with socket.socket() as free:
-        free.bind(("", 0))
-        port = free.getsockname()[1]
-    root = str(Path(__file__).parents[2])
-    paths = [str(Path(sys.executable).parent), os.environ["PATH"]]
-    environment = os.environ | {"PATH": os.pathsep.join(paths), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
-    command = ["deepspeed", "--num_gpus", str(world), "--master_port", str(port), str(WORKER), *map(str, arguments)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-
-
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     """world -> a folder with a checkpoints folder a case, written by real engines, once."""
@@ -48,7 +31,8 @@ def written(tmp_path_factory):
     def of(world):
         if world not in made:
             made[world] = tmp_path_factory.mktemp(f"world{world}")
-            launch(world, made[world], *CASES[world])
+            done = launch(world, WORKER, made[world], *CASES[world], cwd=made[world])
+            assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
         return made[world]
 
     return of
