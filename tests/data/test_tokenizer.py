@@ -52,6 +52,24 @@ def test_round_trip_of_any_text(tokenizer, text):
     assert not {0, 1, 2} & set(ids)  # special tokens come from us alone
 
 
+def test_encoding_is_that_of_transformers(tokenizer, t5_dir):
+    for one in (tokenizer, tokenizers.load(t5_dir)):
+        assert tokenizers.encode(one, TEXTS) == [
+            one(text, add_special_tokens=False, split_special_tokens=True).input_ids for text in TEXTS
+        ]
+
+
+def test_truncation_saved_with_a_tokenizer_is_not_applied(tokenizer_dir, tmp_path):
+    shutil.copytree(tokenizer_dir, tmp_path / "bpe")
+    saved = json.loads((tmp_path / "bpe" / "tokenizer.json").read_text())
+    saved["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+    (tmp_path / "bpe" / "tokenizer.json").write_text(json.dumps(saved))
+    text = "the cat sees a house and a tree"
+    assert tokenizers.encode(tokenizers.load(tmp_path / "bpe"), [text]) == tokenizers.encode(
+        tokenizers.load(tokenizer_dir), [text]
+    )
+
+
 def test_special_ids_and_size(tokenizer, tokenizer_dir):
     assert (tokenizer.unk_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1, 2)
     assert tokenizer.pad_token_id is None
