@@ -10,8 +10,8 @@ from torch import nn
 class MethodLinear(nn.Module):
     """A layer that a method puts in place of an ``nn.Linear``.
 
-    Attributes: in_features, out_features, bias (Parameter (out,) or None), layer_name (canonical dotted name, kept at convert).
-    ``roles`` maps a parameter's own name to "factors", "sparse" or "dense"; what is not named is "dense".
+    Attributes: in_features, out_features, bias (Parameter (out,) or None), layer_name (canonical dotted name, kept at
+    convert). ``roles`` maps a parameter's own name to "factors", "sparse" or "dense"; what is not named is "dense".
     """
 
     roles: ClassVar[dict[str, str]] = {}
@@ -29,7 +29,9 @@ class MethodLinear(nn.Module):
         return None
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Initial values, from the (CPU) generator alone: drawn in fp32, then cast, so device and dtype do not change them."""
+        """Initial values, from the (CPU) generator alone: drawn in fp32, then cast, so device and dtype do not change
+        them.
+        """
         raise TypeError(f"{type(self).__name__} does not define reset_parameters")
 
     def flops_per_token(self) -> int:
@@ -39,7 +41,9 @@ class MethodLinear(nn.Module):
 
 @dataclass(frozen=True)
 class Method:
-    """A registry entry: ``config`` is the method's dataclass, ``layer`` its MethodLinear, None where nn.Linear stays."""
+    """A registry entry: ``config`` is the method's dataclass, ``layer`` its MethodLinear, None where nn.Linear
+    stays.
+    """
 
     name: str
     config: type
@@ -47,7 +51,9 @@ class Method:
 
 
 def uniform(shape, bound: float, generator: torch.Generator | None) -> torch.Tensor:
-    """fp32 CPU values in U(-bound, bound). Made without torch's factories, which ``deepspeed.zero.Init`` patches to cast."""
+    """fp32 CPU values in U(-bound, bound). Made without torch's factories, which ``deepspeed.zero.Init`` patches to
+    cast.
+    """
     import numpy as np
 
     return torch.from_numpy(np.empty(shape, dtype=np.float32)).uniform_(-bound, bound, generator=generator)

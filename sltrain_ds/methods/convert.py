@@ -15,8 +15,9 @@ TARGETS = {"gpt_neox": ("attention", "mlp"), "opt": ("self_attn", "fc1", "fc2")}
 def convert(model: nn.Module, config) -> nn.Module:
     """Replace every targeted ``nn.Linear`` of ``model`` in place by ``config``'s layer and return the model.
 
-    A module is a target if one of ``target_modules`` is a component of its dotted name ("mlp"; "mlp.down_proj" works too). Layers keep
-    the weight's device and dtype, the meta device too, and start from the default generator. What cannot be converted is refused by name.
+    A module is a target if one of ``target_modules`` is a component of its dotted name ("mlp"; "mlp.down_proj" works
+    too). Layers keep the weight's device and dtype, the meta device too, and start from the default generator. What
+    cannot be converted is refused by name.
     """
     if not hasattr(config, "make"):
         return model
@@ -24,6 +25,8 @@ def convert(model: nn.Module, config) -> nn.Module:
     if isinstance(patterns, str):
         raise UserError(f"target_modules must be a list of names, not the string {patterns!r}")
     targets = _targets(model, patterns)
+    for name, linear in targets.items():
+        config.check(linear, name)  # all of them before the first is replaced
     for name, linear in targets.items():
         parent, _, child = name.rpartition(".")
         layer = config.make(linear, canonical(name), device=linear.weight.device, dtype=linear.weight.dtype)
@@ -59,7 +62,7 @@ def _targets(model, patterns):
     if missed:
         linears = sorted({name.rpartition(".")[2] for name, module in modules.items() if type(module) is nn.Linear})
         raise UserError(
-            f"target_modules {sorted(missed)} match no nn.Linear; the model's are named {', '.join(linears) or '(none)'}"
+            f"target_modules {sorted(missed)} match no nn.Linear; this model has {', '.join(linears) or 'none at all'}"
         )
     return targets
 
@@ -68,16 +71,18 @@ def _refuse_unfit(name, module, uses):
     kind = type(module).__name__
     if kind == "Conv1D" and hasattr(module, "nf"):
         raise UserError(
-            f"{name} is a Conv1D (GPT-2's transposed linear), which cannot be converted; use an architecture with nn.Linear"
+            f"{name} is a Conv1D (GPT-2's transposed linear), which cannot be converted; choose a model with nn.Linear"
         )
     fused = next((key for key, p in module.named_parameters(recurse=False) if p.dim() == 3), None)
     if fused:
         raise UserError(
-            f"{name}.{fused} holds fused experts in one 3-D parameter, which cannot be converted; leave it out of target_modules"
+            f"{name}.{fused} holds fused experts in one 3-D parameter, which cannot be converted; "
+            "leave it out of target_modules"
         )
-    if isinstance(module, nn.Linear) and type(module) is not nn.Linear or hasattr(module, "qweight"):
+    if (isinstance(module, nn.Linear) and type(module) is not nn.Linear) or hasattr(module, "qweight"):
         raise UserError(f"{name} is a {kind}: quantised or special linears cannot be converted; convert a plain model")
     if type(module) is nn.Linear and uses[id(module.weight)] > 1:
         raise UserError(
-            f"{name}.weight is tied to another parameter, which cannot be converted; untie it or leave it out of target_modules"
+            f"{name}.weight is tied to another parameter, which cannot be converted; "
+            "untie it or leave it out of target_modules"
         )

@@ -8,12 +8,15 @@ from torch import nn
 
 from sltrain_ds.errors import UserError
 from sltrain_ds.methods.base import MethodLinear, uniform
+from sltrain_ds.methods.check import check_number, check_rank
 from sltrain_ds.ops import sltrain_linear, sparse, support
 
 
 @dataclass(frozen=True)
 class SLTrainConfig:
-    """rank r, density (the paper's delta, in (0, 1]; 0 leaves no sparse part), alpha; target_modules None: the architecture's own."""
+    """rank r, density (the paper's delta, in (0, 1]; 0 leaves no sparse part), alpha; target_modules None: the
+    architecture's own.
+    """
 
     rank: int
     density: float
@@ -26,6 +29,9 @@ class SLTrainConfig:
         check_number("density", self.density, low=0, high=1)
         check_number("alpha", self.alpha, above=0)
         check_number("support_seed", self.support_seed, integer=True, low=0, high=2**63 - 1)
+
+    def check(self, linear: nn.Linear, layer_name: str) -> None:
+        check_rank(self.rank, linear.in_features, linear.out_features, layer_name)
 
     def make(self, linear: nn.Linear, layer_name: str, **factory):
         return SLTrainLinear(
@@ -41,27 +47,13 @@ class SLTrainConfig:
         )
 
 
-def check_number(key, value, integer=False, low=None, high=None, above=None):
-    """Refuse a config value of the wrong type or outside its range, in one line."""
-    kinds = (int,) if integer else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value):
-        raise UserError(f"{key} must be {'an integer' if integer else 'a number'}, not {value!r}")
-    if (
-        (low is not None and value < low)
-        or (high is not None and value > high)
-        or (above is not None and value <= above)
-    ):
-        bounds = [f"at least {low}"] * (low is not None) + [f"at most {high}"] * (high is not None)
-        bounds += [f"above {above}"] * (above is not None)
-        raise UserError(f"{key} = {value} must be {' and '.join(bounds)}")
-
-
 class SLTrainLinear(MethodLinear):
     """Drop-in for ``nn.Linear`` with W = scaling * B A + S.
 
-    Parameters A (rank, in), B (out, rank), S_values (nnz,), bias (out,) or None; buffers S_rows int32 (out + 1) and S_columns (nnz,) uint16
-    (int32 where in > 65,536). A generated support is a function of (support_seed, layer_name, out, in): not saved, drawn again and
-    checksummed before first use. A stored one (``set_stored_support``) is part of the state dict.
+    Parameters A (rank, in), B (out, rank), S_values (nnz,), bias (out,) or None; buffers S_rows int32 (out + 1) and
+    S_columns (nnz,) uint16 (int32 where in > 65,536). A generated support is a function of (support_seed, layer_name,
+    out, in): not saved, drawn again and checksummed before first use. A stored one (``set_stored_support``) is part
+    of the state dict.
     """
 
     roles = {"A": "factors", "B": "factors", "S_values": "sparse"}  # noqa: RUF012
@@ -83,11 +75,7 @@ class SLTrainLinear(MethodLinear):
         super().__init__()
         SLTrainConfig(rank=rank, density=density, alpha=alpha, support_seed=support_seed)
         self.layer_name = layer_name or ""
-        if rank > min(in_features, out_features):
-            name = f" of {layer_name}" if layer_name else ""
-            raise UserError(
-                f"rank = {rank} exceeds min(in, out) = {min(in_features, out_features)}{name}; choose a rank up to that"
-            )
+        check_rank(rank, in_features, out_features, self.layer_name)
         self.in_features, self.out_features = in_features, out_features
         self.rank, self.density, self.alpha = rank, density, alpha
         self.scaling = alpha / rank
@@ -110,8 +98,8 @@ class SLTrainLinear(MethodLinear):
 
     def extra_repr(self):
         return (
-            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, density={self.density}, "
-            f"alpha={self.alpha}, bias={self.bias is not None}"
+            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
+            f"density={self.density}, alpha={self.alpha}, bias={self.bias is not None}"
         )
 
     @torch.no_grad()
@@ -178,12 +166,14 @@ class SLTrainLinear(MethodLinear):
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
-        if self._checksum is not None:
+        if self._checksum is not None and not self._stored:
             self.ensure_support()  # at once, since a compiled forward does not look again
         return self
 
     def set_stored_support(self, rows, columns):
-        """Take an imported support: int32 (out + 1) row pointers and sorted columns, kept in the state dict from now on."""
+        """Take an imported support: int32 (out + 1) row pointers and sorted columns, kept in the state dict from now
+        on.
+        """
         columns = columns.to(support.column_dtype(self.in_features)) if columns.dtype != torch.uint16 else columns
         rows = rows.to(torch.int32)
         problem = support.check(rows, columns, self.out_features, self.in_features)
@@ -200,12 +190,15 @@ class SLTrainLinear(MethodLinear):
             # a checkpoint of an imported support: this layer becomes a stored one
             self._stored = True
             self._non_persistent_buffers_set -= {"S_rows", "S_columns"}
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         if self._stored:
             self._checksum = self._checked = None  # copied in place: look again
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+            self.ensure_support()
 
     def support_info(self) -> dict:
-        """{"kind", "seed", "layer_name", "generator_version", "nnz", "checksum"}: what a checkpoint keeps to tell its support."""
+        """{"kind", "seed", "layer_name", "generator_version", "nnz", "checksum"}: what a checkpoint keeps to tell its
+        support.
+        """
         self.ensure_support()
         return {
             "kind": "stored" if self._stored else "generated",

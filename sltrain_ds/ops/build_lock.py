@@ -1,4 +1,5 @@
-"""Locks of C++ builds: ours, which the kernel releases with its holder, and torch's, which a killed build leaves behind.
+"""Locks of C++ builds: ours, which the kernel releases with its holder, and torch's, which a killed build leaves
+behind.
 
 torch's builds take ``lock`` in the build directory by creating it and wait, without end, until it is gone
 (torch/utils/file_baton.py). Who builds holds the file open, so a lock that nobody holds open is a dead build's.
@@ -6,7 +7,6 @@ torch's builds take ``lock`` in the build directory by creating it and wait, wit
 
 import contextlib
 import fcntl
-import os
 import time
 from pathlib import Path
 
@@ -16,7 +16,9 @@ STALE_AFTER = 900  # seconds; on a shared file system the holder may be on a mac
 
 @contextlib.contextmanager
 def exclusive(directory: Path):
-    """Hold the directory's build lock; a holder that dies lets it go. Yields False where the file system has no locks."""
+    """Hold the directory's build lock; a holder that dies lets it go. Yields False where the file system has no
+    locks.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     with open(directory / "sltrain.lock", "w") as handle:
         try:

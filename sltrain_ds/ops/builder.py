@@ -1,8 +1,9 @@
 """Where the C++ ops come from: built ahead of time, built at first use through DeepSpeed's op builder, or not at all.
 
-``load()`` tries in this order: the extension ``sltrain_ds.ops._C`` that setup.py built; a library that an earlier process left in torch's
-extension cache; a build (about 20 s), once for all ranks that ask at the same time. Without a compiler the PyTorch reference serves,
-slower and with the same results up to rounding, and the reason is printed once. SLTRAIN_OPS=reference forces that.
+``load()`` tries in this order: the extension ``sltrain_ds.ops._C`` that setup.py built; a library that an earlier
+process left in torch's extension cache; a build (about 20 s), once for all ranks that ask at the same time. Without a
+compiler the PyTorch reference serves, slower and with the same results up to rounding, and the reason is printed
+once. SLTRAIN_OPS=reference forces that.
 
 Top-level imports are light: setup.py reads the flags from here.
 """
@@ -27,7 +28,9 @@ _state = None  # ("prebuilt" | "jit" | "reference", detail) once load() has deci
 
 
 def load() -> bool:
-    """Make torch.ops.sltrain's C++ kernels available. True if they are, False if the PyTorch reference serves instead."""
+    """Make torch.ops.sltrain's C++ kernels available. True if they are, False if the PyTorch reference serves
+    instead.
+    """
     return (_state or _load())[0] != "reference"
 
 

@@ -1,12 +1,14 @@
 """y = x W^T + b with W = scaling * B A + S, as a torch.library operator with fake and autograd parts.
 
-Compose mode: W is built in one workspace shared by all layers (one GEMM with the scaling folded in, then S scattered in), used in one
-dense GEMM, and forgotten; the backward builds it again. Saved for the backward: x and the parameters.
+Compose mode: W is built in one workspace shared by all layers (one GEMM with the scaling folded in, then S scattered
+in), used in one dense GEMM, and forgotten; the backward builds it again. Saved for the backward: x and the
+parameters.
 
-Precision: the compute dtype is x's. A and B enter the GEMM in it, which accumulates in fp32 and rounds BA once; S is added in
-fp32 and rounded once. So W in bf16 carries two roundings (2^-9 relative each) and the workspace stays at two bytes an element, where an
-fp32 workspace would double both. dW is one bf16 GEMM, accumulated in fp32; dA and dB are GEMMs over it, and dS reads it at the support.
-Forward and backward build W from the same tensors in the same way: they see the same bits.
+Precision: the compute dtype is x's. A and B enter the GEMM in it, which accumulates in fp32 and rounds BA once; S is
+added in fp32 and rounded once. So W in bf16 carries two roundings (2^-9 relative each) and the workspace stays at two
+bytes an element, where an fp32 workspace would double both. dW is one bf16 GEMM, accumulated in fp32; dA and dB are
+GEMMs over it, and dS reads it at the support. Forward and backward build W from the same tensors in the same way:
+they see the same bits.
 """
 
 import torch
@@ -17,11 +19,12 @@ from sltrain_ds.ops import sparse, workspace
 def linear(x, A, B, values, rows, columns, scaling, bias=None):
     """y (..., out) = x (..., in) W^T + bias.
 
-    A (rank, in), B (out, rank), values (nnz,), bias (out,) or None; rows int32 (out + 1) and columns (nnz,) a checked support.
-    Under autocast x is cast as ``nn.Linear`` casts it, and the parameters where W is built, so that no casted copy is saved.
+    A (rank, in), B (out, rank), values (nnz,), bias (out,) or None; rows int32 (out + 1) and columns (nnz,) a checked
+    support. Under autocast x is cast as ``nn.Linear`` casts it, and the parameters where W is built, so that no
+    casted copy is saved.
     """
     device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+    if not x.is_meta and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(device))
     elif x.dtype != A.dtype:
         raise RuntimeError(f"x and the weights must have the same dtype, got {x.dtype} and {A.dtype}")

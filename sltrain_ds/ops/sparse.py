@@ -1,7 +1,7 @@
 """The two sparse moves of the operator: scatter-add of S into W, and gather of dW at the support.
 
-The support is checked once, when it is built (``support.check``); positions are not checked here. On the CPU csrc/support.cpp serves
-where it could be built, else a few lines of PyTorch with the same results.
+The support is checked once, when it is built (``support.check``); positions are not checked here. On the CPU
+csrc/support.cpp serves where it could be built, else a few lines of PyTorch with the same results.
 """
 
 import torch
@@ -10,7 +10,9 @@ from sltrain_ds.ops import builder, support
 
 
 def scatter_add_(W: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, values: torch.Tensor) -> None:
-    """W (out, in), contiguous, += values (nnz,) at the support, in place; each sum in fp32 (fp64), rounded once to W's dtype."""
+    """W (out, in), contiguous, += values (nnz,) at the support, in place; each sum in fp32 (fp64), rounded once to
+    W's dtype.
+    """
     if W.device.type == "cpu" and builder.load():
         torch.ops.sltrain.scatter_add_(W, rows, columns, values)
         return

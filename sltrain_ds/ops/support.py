@@ -1,16 +1,19 @@
 """The random support of S: which positions of the (out, in) matrix may be non-zero.
 
-Exactly ``int(density * out * in)`` positions, uniform without replacement, as a function of (support_seed, layer name, out, in)
-through our own counter-based integer generator, so that every rank, device and library version draws the same.
+Exactly ``int(density * out * in)`` positions, uniform without replacement, as a function of (support_seed, layer
+name, out, in) through our own counter-based integer generator, so that every rank, device and library version draws
+the same.
 
-Row counts first, then each row's columns, both through one keyed bijection (a Feistel network on the residues Z_a x Z_b of
-Black and Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002):
+Row counts first, then each row's columns, both through one keyed bijection (a Feistel network on the residues Z_a x
+Z_b of Black and Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002):
 
-* the rows of the first nnz of all out * in cells, in the bijection's order, counted: integers only, exactly hypergeometric;
+* the rows of the first nnz of all out * in cells, in the bijection's order, counted: integers only, exactly
+  hypergeometric;
 * a row's columns are the first ``count`` values of a bijection of [0, in) keyed by the row, sorted.
 
-So one row can be drawn alone, given its count. The layout is row-wise: row pointers int32 (out + 1), columns sorted in each row,
-uint16 (int32 where in > 65,536). This file is the numpy reference; csrc/support.cpp draws the same bits in parallel.
+So one row can be drawn alone, given its count. The layout is row-wise: row pointers int32 (out + 1), columns sorted
+in each row, uint16 (int32 where in > 65,536). This file is the numpy reference; csrc/support.cpp draws the same bits
+in parallel.
 """
 
 import zlib
@@ -101,7 +104,9 @@ def row_counts(out_features, in_features, nnz, count_key):
 
 
 def check(rows: torch.Tensor, columns: torch.Tensor, out_features: int, in_features: int) -> str | None:
-    """None if (rows, columns) is a support of an (out, in) matrix, else what is wrong. The kernels rely on this check."""
+    """None if (rows, columns) is a support of an (out, in) matrix, else what is wrong. The kernels rely on this
+    check.
+    """
     if rows.dtype != torch.int32 or tuple(rows.shape) != (out_features + 1,):
         return f"S_rows must be int32 ({out_features + 1},), not {rows.dtype} {tuple(rows.shape)}"
     if columns.dtype != column_dtype(in_features) or columns.dim() != 1:
@@ -121,7 +126,9 @@ def check(rows: torch.Tensor, columns: torch.Tensor, out_features: int, in_featu
 
 
 def checksum(rows: torch.Tensor, columns: torch.Tensor) -> int:
-    """63-bit checksum (two CRC-32), the same for equal supports on every device; fits an int64 tensor for collectives."""
+    """63-bit checksum (two CRC-32), the same for equal supports on every device; fits an int64 tensor for
+    collectives.
+    """
     high = zlib.crc32(np.ascontiguousarray(rows.detach().cpu().numpy()).data)
     low = zlib.crc32(np.ascontiguousarray(columns.detach().cpu().numpy()).data)
     return (high & 0x7FFFFFFF) << 32 | low
@@ -142,9 +149,8 @@ def from_flat_index(index: torch.Tensor, out_features: int, in_features: int):
     index = index.detach().reshape(-1).long()
     ordered, permutation = torch.sort(index)
     if index.numel() and (int(ordered[0]) < 0 or int(ordered[-1]) >= out_features * in_features):
-        raise UserError(
-            f"sparse index out of range for a {out_features} x {in_features} matrix: [{int(ordered[0])}, {int(ordered[-1])}]"
-        )
+        span = f"{int(ordered[0])} to {int(ordered[-1])}"
+        raise UserError(f"sparse index out of range for a {out_features} x {in_features} matrix: {span}")
     if index.numel() > 1 and bool((ordered[1:] == ordered[:-1]).any()):
         raise UserError("sparse index names a position twice; every position may occur once")
     row = torch.div(ordered, in_features, rounding_mode="floor")

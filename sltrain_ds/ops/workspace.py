@@ -1,4 +1,6 @@
-"""One scratch matrix for each (device, dtype, stream), shared by all layers: a fresh W costs 10-22 ms of page faults at 7B shapes."""
+"""One scratch matrix for each (device, dtype, stream), shared by all layers: a fresh W costs 10-22 ms of page faults
+at 7B shapes.
+"""
 
 import torch
 
