@@ -40,14 +40,19 @@ def _advice(total, micro, data, world):
     fits = []
     if given and total % (micro * world) == 0:
         return f"leave {_STEPS} out: it is derived at every start (here {total // (micro * world)})"
-    worlds = [n for n in range(1, 4 * world + 1) if total % (micro * n) == 0]
+    worlds = [n for n in _near(world) if total % (micro * n) == 0]
     if worlds:
-        fits.append(f"works on {_words(sorted(sorted(worlds, key=lambda n: abs(n - world))[:3]))} GPUs")
-    micros = [m for m in range(1, 2 * micro + 1) if total % (m * world) == 0]
+        fits.append(f"on {_words(sorted(worlds[:3]))} GPUs")
+    micros = [m for m in _near(micro) if total % (m * world) == 0]
     if micros:
-        fits.append(f"with {_MICRO} {_words(sorted(sorted(micros, key=lambda m: abs(m - micro))[:2]))}")
+        fits.append(f"with {_MICRO} {_words(sorted(micros[:2]))}")
     fits.append(f"with {_TOTAL} {_multiples(total, micro * world)}")
-    return ", or ".join(fits) + (f" ({_STEPS} left out)" if given else "")
+    return "works " + ", or ".join(fits) + (f" ({_STEPS} left out)" if given else "")
+
+
+def _near(number, reach=1000):
+    """Whole numbers around ``number``, the nearest first."""
+    return sorted(range(max(1, number - reach), number + reach), key=lambda n: abs(n - number))
 
 
 def _multiples(total, unit):

@@ -17,46 +17,41 @@ _WHAT = {
     "string_too_short": "must not be empty",
     "too_short": "must not be empty",
     "finite_number": "must be a finite number",
-    "greater_than": "must be above {gt}",
-    "greater_than_equal": "must be at least {ge}",
-    "less_than": "must be below {lt}",
-    "less_than_equal": "must be at most {le}",
+    "greater_than": "must be above %(gt)s",
+    "greater_than_equal": "must be at least %(ge)s",
+    "less_than": "must be below %(lt)s",
+    "less_than_equal": "must be at most %(le)s",
 }
 
 
 def first_line(error, tree):
     """The first problem of a ValidationError of the block: its key, what is wrong, what would work."""
     problem = error.errors(include_url=False)[0]
-    names = _names(problem["loc"])
-    path = ".".join(["sltrain", *names])
-    kind, context, value = problem["type"], problem.get("ctx", {}), problem["input"]
+    loc, kind, value, context = problem["loc"], problem["type"], problem["input"], problem.get("ctx", {})
+    names = _names(loc)
+    path, meaning = ".".join(["sltrain", *names]), _description(loc)
     if kind == "extra_forbidden":
-        return _unknown(names, problem["loc"], tree)
+        return _unknown(names, loc, tree)
     if kind == "missing":
-        meaning = _description(problem["loc"])
-        return f"{path}: is missing" + (f"; write it ({meaning})" if meaning else "; write it")
+        return f"{path}: is missing; write it ({meaning})"
     if kind == "union_tag_not_found":
         return f"{path}.name: is missing; write one of {_quoted(METHODS)}"
     if kind == "union_tag_invalid":
-        near = nearest(str(context["tag"]), METHODS)
         return (
-            f"{path}.name: unknown method {shown(context['tag'])}; "
-            + (f'did you mean "{near}"? ' if near else "")
-            + f"known: {_quoted(METHODS)}"
+            f"{path}.name: unknown method {shown(context['tag'])}; {_near(context['tag'], METHODS)}{_quoted(METHODS)}"
         )
     if kind == "literal_error":
         choices = context["expected"].replace("'", '"').replace("False", "false")
-        near = (
-            nearest(value, [word.strip('" ') for word in choices.replace(" or ", ", ").split(",")])
-            if isinstance(value, str)
-            else None
-        )
-        return f"{path}: must be {choices}; got {shown(value)}" + (f', did you mean "{near}"?' if near else "")
+        near = _near(value, [word.strip('" ') for word in choices.replace(" or ", ", ").split(",")])
+        return f"{path}: {near}must be {choices}; got {shown(value)}"
     if kind in _WHAT:
-        return (
-            f"{path}: {_WHAT[kind].format(**context)}; got {shown(value)}{_hint(kind, value)}{_meant(problem['loc'])}"
-        )
+        return f"{path}: {_WHAT[kind] % context}; got {shown(value)}{_hint(kind, value)} ({meaning})"
     return f"{path}: {problem['msg']}".replace("\n", " ")
+
+
+def _near(value, names):
+    near = nearest(value, names) if isinstance(value, str) else None
+    return f'did you mean "{near}"? ' if near else ""
 
 
 def _names(loc):
@@ -105,12 +100,7 @@ def _field(loc):
 
 def _description(loc):
     field = _field(loc)
-    return field.description if field else None
-
-
-def _meant(loc):
-    meaning = _description(loc)
-    return f" ({meaning})" if meaning else ""
+    return field.description if field else "see docs/config.md"
 
 
 def _hint(kind, value):

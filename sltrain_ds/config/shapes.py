@@ -28,11 +28,14 @@ def model_fields(model):
 
 
 def linear_shapes(fields):
-    """{dotted name: (out, in)} of every nn.Linear of a LLaMA; empty where the fields describe another architecture."""
-    needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    """{dotted name: (out, in)} of a LLaMA's nn.Linear layers, the first block's standing for all the blocks alike.
+
+    Empty where the fields describe another architecture.
+    """
+    needed = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")
     if fields.get("model_type", "llama") != "llama" or not all(isinstance(fields.get(key), int) for key in needed):
         return {}
-    vocab, hidden, inner, layers, heads = (fields[key] for key in needed)
+    vocab, hidden, inner, heads = (fields[key] for key in needed)
     head = fields.get("head_dim") or hidden // heads
     query, key_value = heads * head, (fields.get("num_key_value_heads") or heads) * head
     block = {
@@ -44,7 +47,7 @@ def linear_shapes(fields):
         "mlp.up_proj": (inner, hidden),
         "mlp.down_proj": (hidden, inner),
     }
-    shapes = {f"model.layers.{i}.{name}": shape for i in range(layers) for name, shape in block.items()}
+    shapes = {f"model.layers.0.{name}": shape for name, shape in block.items()}
     return {**shapes, "lm_head": (vocab, hidden)}
 
 
@@ -52,8 +55,7 @@ def check_model(fields, where):
     """Head and embedding sizes that cannot be built."""
     hidden, heads = fields.get("hidden_size"), fields.get("num_attention_heads")
     if hidden and heads and not fields.get("head_dim") and hidden % heads:
-        fits = [n for n in range(1, hidden + 1) if hidden % n == 0]
-        near = min(fits, key=lambda n: abs(n - heads))
+        near = max(n for n in range(1, min(heads, 10_000) + 1) if hidden % n == 0)
         raise UserError(
             f"{where}: hidden_size {hidden} is not a multiple of num_attention_heads {heads}; {near} heads would do"
         )

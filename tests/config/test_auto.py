@@ -1,0 +1,85 @@
+"""The word "auto" is resolved where Hugging Face users expect it, and remembered."""
+
+import pytest
+
+from sltrain_ds.config import from_dict
+
+
+def test_every_auto(good):
+    good |= {
+        "gradient_clipping": "auto",
+        "gradient_accumulation_steps": "auto",
+        "bf16": {"enabled": "auto"},
+        "fp16": {"enabled": "auto"},
+        "checkpoint": {"use_node_local_storage": "auto"},
+        "optimizer": {"type": "AdamW", "params": dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "auto")},
+        "zero_optimization": {
+            "stage": 3,
+            "reduce_bucket_size": "auto",
+            "stage3_prefetch_bucket_size": "auto",
+            "stage3_param_persistence_threshold": "auto",
+        },
+    }
+    good["scheduler"]["params"] = {
+        "total_num_steps": "auto",
+        "warmup_num_steps": "auto",
+        "warmup_min_ratio": "auto",
+        "cos_min_ratio": "auto",
+    }
+    run = from_dict(good, world_size=2, name="some/where/my_run.json")
+    config = run.deepspeed
+    assert config["gradient_clipping"] == run.gradient_clipping == 1.0
+    assert run.accumulation == config["gradient_accumulation_steps"] == 8
+    assert run.bf16 is True and config["fp16"] == {"enabled": False}
+    assert config["checkpoint"] == {"use_node_local_storage": False}
+    assert config["optimizer"]["params"] == {"lr": 3e-3, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.0}
+    assert config["scheduler"]["params"] == {
+        "total_num_steps": 11000,
+        "warmup_num_steps": 1100,
+        "warmup_min_ratio": 0.0,
+        "cos_min_ratio": 0.1,
+    }
+    zero = config["zero_optimization"]
+    assert zero["reduce_bucket_size"] == 512**2
+    assert zero["stage3_prefetch_bucket_size"] == int(0.9 * 512**2)
+    assert zero["stage3_param_persistence_threshold"] == 5120
+    assert str(run.run_dir) == "runs/my_run" and str(run.checkpoint_dir) == "runs/my_run/checkpoints"
+    assert run.sltrain.op_mode == "compose" and run.sltrain.precision.backend == "bitsandbytes"
+    assert run.resolved["optimizer.params.lr"] == 3e-3 and run.resolved["sltrain.run_dir"] == "runs/my_run"
+    assert "auto" not in str(run.to_json())
+
+
+def test_warmup_takes_the_optimizers_rate(good):
+    good["optimizer"]["params"]["lr"] = 0.01
+    params = {"warmup_min_lr": "auto", "warmup_max_lr": "auto", "warmup_num_steps": "auto"}
+    good["scheduler"] = {"type": "WarmupLR", "params": params}
+    run = from_dict(good, ["sltrain.steps=5"])
+    assert run.deepspeed["scheduler"]["params"] == {"warmup_min_lr": 0.0, "warmup_max_lr": 0.01, "warmup_num_steps": 1}
+
+
+def test_a_bucket_left_out_is_one_transformer_block(good):
+    del good["zero_optimization"]["reduce_bucket_size"]
+    run = from_dict(good)
+    assert run.deepspeed["zero_optimization"]["reduce_bucket_size"] == 4 * 512 * 512 + 3 * 512 * 1376
+
+
+@pytest.mark.parametrize(
+    "bf16, weights, means",
+    [(True, "auto", "fp32_master"), (True, "bf16", "bf16"), (False, "auto", "fp32"), (False, "fp32", "fp32")],
+)
+def test_weights(good, bf16, weights, means):
+    good["bf16"] = {"enabled": bf16}
+    good["sltrain"]["precision"] = {"weights": weights}
+    run = from_dict(good)
+    assert run.weights == means and run.sltrain.precision.backend == "torch"
+
+
+def test_whole_numbers_in_scientific_form(good):
+    good["zero_optimization"]["reduce_bucket_size"] = 5e8
+    size = from_dict(good).deepspeed["zero_optimization"]["reduce_bucket_size"]
+    assert size == 500_000_000 and isinstance(size, int)
+
+
+def test_the_optimizers_spelling_is_deepspeeds(good):
+    good["optimizer"]["type"] = "adamw"
+    assert from_dict(good).deepspeed["optimizer"]["type"] == "AdamW"
