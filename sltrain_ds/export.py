@@ -174,10 +174,14 @@ def _write_shards(shards: list[list[Entry]], folder: Path) -> int:
     total, where = 0, {}
     for number, shard in enumerate(shards, 1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {entry.name: entry.read().contiguous() for entry in shard}
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-        total += sum(tensor.nbytes for tensor in tensors.values())
-        where |= dict.fromkeys(tensors, file)
+        total += _write_shard(shard, folder / file)
+        where |= {entry.name: file for entry in shard}
     if len(shards) > 1:
         write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
     return total
+
+
+def _write_shard(shard: list[Entry], file: Path) -> int:
+    tensors = {entry.name: entry.read().contiguous() for entry in shard}
+    save_file(tensors, file, metadata={"format": "pt"})
+    return sum(tensor.nbytes for tensor in tensors.values())

@@ -38,6 +38,9 @@ def new_directory(out: Path) -> Iterator[Path]:
     partial.mkdir(parents=True)
     try:
         yield partial
+        mode = partial.stat().st_mode & 0o666  # safetensors writes for the owner alone; the umask decides here
+        for file in partial.iterdir():
+            file.chmod(mode)
         os.replace(partial, out)  # takes the place of an empty directory too
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -92,10 +92,13 @@ def test_plain_transformers_computes_the_same(tmp_path, method, stage, world):
     settings = block(method)
     model = trained(settings)
     write(tmp_path / "run", model, settings, stage, world)
+    (tmp_path / "new").touch()
     done = export(tmp_path / "run", tmp_path / "out")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert type(plain).__name__ == "LlamaForCausalLM" and plain.config.use_cache
     assert not [name for name in plain.state_dict() if name.endswith((".A", ".B"))]
+    usual = (tmp_path / "new").stat().st_mode
+    assert all(file.stat().st_mode == usual for file in (tmp_path / "out").iterdir())
     assert done.parameters == sum(p.numel() for p in plain.parameters()) and done.bytes == 4 * done.parameters
     torch.testing.assert_close(logits(plain), logits(model), rtol=1e-5, atol=1e-5)
 

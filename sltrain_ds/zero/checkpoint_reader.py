@@ -27,7 +27,9 @@ def find_checkpoint(path: str | Path) -> Path:
         raise UserError(f"{path}: incomplete, it has no {STATE_FILE}, which is written last{_hint(path.parent)}")
     folder = path if (path / "latest").is_file() else path / "checkpoints"
     if not (folder / "latest").is_file():
-        raise UserError(f"{path}: not a checkpoint, it holds neither {STATE_FILE} nor latest nor checkpoints/latest")
+        raise UserError(
+            f"{path}: not a checkpoint, it holds neither {STATE_FILE} nor latest nor checkpoints/latest{_hint(path)}"
+        )
     step = folder / Path((folder / "latest").read_text().strip()).name
     if not (step / STATE_FILE).is_file():
         raise UserError(f"{step}: incomplete, it has no {STATE_FILE}, which is written last{_hint(folder)}")
@@ -36,7 +38,7 @@ def find_checkpoint(path: str | Path) -> Path:
 
 def _hint(folder: Path) -> str:
     complete = sorted(state.parent.name for state in folder.glob(f"step_*/{STATE_FILE}"))
-    return f"; the newest complete one is {folder / complete[-1]}" if complete else ""
+    return f"; the newest complete is {folder / complete[-1]}" if complete else ""
 
 
 def open_checkpoint(path: str | Path) -> "Checkpoint":

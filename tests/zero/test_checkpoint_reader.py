@@ -111,6 +111,10 @@ def bad_empty(tmp_path):
     return tmp_path
 
 
+def bad_no_latest(tmp_path):
+    return complete(tmp_path / "step_00000005").parent
+
+
 def bad_incomplete(tmp_path):
     complete(tmp_path / "step_00000005")
     (complete(tmp_path / "step_00000007") / "sltrain.json").unlink()
@@ -150,8 +154,9 @@ def bad_contents(tmp_path):
     [
         (bad_missing, "nowhere: no such directory"),
         (bad_empty, "not a checkpoint, it holds neither sltrain.json nor latest"),
-        (bad_incomplete, "step_00000007: incomplete, .*; the newest complete one is .*step_00000005"),
-        (bad_latest, "step_00000007: incomplete, .*; the newest complete one is .*step_00000005"),
+        (bad_no_latest, "nor latest .*; the newest complete is .*step_00000005"),
+        (bad_incomplete, "step_00000007: incomplete, .*; the newest complete is .*step_00000005"),
+        (bad_latest, "step_00000007: incomplete, .*; the newest complete is .*step_00000005"),
         (bad_json, r"sltrain.json: damaged \(JSONDecodeError"),
         (bad_key, r"sltrain.json: damaged \(KeyError"),
         (bad_format, "sltrain.json: format 2 is not 1"),
