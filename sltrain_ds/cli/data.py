@@ -101,6 +101,7 @@ def _info(args: argparse.Namespace) -> int:
         print(json.dumps(out, indent=1))
     else:
         for key, value in out.items():
-            text = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
-            print(f"{key}: {text}")
+            if isinstance(value, dict):
+                value = ", ".join(f"{k} {v:.5g}" if isinstance(v, float) else f"{k} {v}" for k, v in value.items())
+            print(f"{key}: {value}")
     return 0

@@ -279,3 +279,14 @@ def test_an_input_that_fails_at_once_leaves_the_way_free(job, tmp_path, document
     with pytest.raises(UserError, match="none of 200 documents fell into validation"):
         prepare(job("none", inputs=(source,), val_fraction=1e-9))
     prepare(job("none", inputs=(source,)))
+
+
+def test_vocabulary_decides_the_width(job, tmp_path, documents, monkeypatch):
+    options = {"inputs": (write_jsonl(tmp_path / "a.jsonl", documents),)}
+    for size, dtype in ((1 << 16, "uint16"), ((1 << 16) + 1, "uint32")):
+        monkeypatch.setattr(tokenizers, "vocab_size", lambda tokenizer, size=size: size)
+        assert prepare(job(dtype, **options))["dtype"] == dtype
+        verify(tmp_path / dtype)
+    with pytest.raises(UserError, match="--dtype uint16: too narrow for a vocabulary of 65537"):
+        prepare(job("narrow", **options, dtype="uint16"))
+    assert not (tmp_path / "narrow").exists()
