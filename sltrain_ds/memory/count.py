@@ -80,8 +80,9 @@ class Shape:
     def of(cls, fields: dict) -> "Shape":
         kind = fields.get("model_type", "llama")
         if kind not in _LLAMA_LIKE:
-            raise UserError(f'sltrain.model: cannot count a "{kind}" model without building it; '
-                            f"known: {', '.join(_LLAMA_LIKE)}")
+            raise UserError(
+                f'sltrain.model: cannot count a "{kind}" model without building it; known: {", ".join(_LLAMA_LIKE)}'
+            )
         try:
             hidden, heads = fields.get("hidden_size", 4096), fields.get("num_attention_heads", 32)
             attention_bias = bool(fields.get("attention_bias", False))

@@ -27,8 +27,8 @@ def bytes_by_category(engine) -> dict[str, int]:
     states = sum(
         _bytes(value)
         for state in torch_optimizer.state.values()
-        for value in state.values()
-        if torch.is_tensor(value) and value.numel() > 1  # step counters and shared quantisation maps apart
+        for key, value in state.items()
+        if torch.is_tensor(value) and key != "step" and not key.startswith("qmap")  # the maps are shared by all
     )
     held = getattr(engine.optimizer, "single_partition_of_fp32_groups", None) or getattr(
         engine.optimizer, "fp32_partitioned_groups_flat", []

@@ -126,8 +126,10 @@ def _stage_0(groups, s):
 
 def _stage_1_and_2(groups, s):
     if s.stage == 1 and s.accumulate != s.weight:
-        raise UserError("data_types.grad_accum_dtype: at stage 1 it brings another DeepSpeed optimizer, which is not "
-                        "estimated; remove the key or use stage 2")
+        raise UserError(
+            "data_types.grad_accum_dtype: at stage 1 it brings another DeepSpeed optimizer, which is not "
+            "estimated; remove the key or use stage 2"
+        )
     flat = {group: _flat_numel(tensors, s) for group, tensors in groups.items()}
     parts = {group: numel // s.world for group, numel in flat.items()}
     total = sum(t.numel for tensors in groups.values() for t in tensors)

@@ -135,8 +135,7 @@ def test_mistakes_take_one_line(file, capsys, arguments, word):
 
 
 def test_needs_neither_torch_nor_deepspeed(file):
-    code = (
-        "import sys; from sltrain_ds.cli import main; "
-        f"main(['estimate', {str(file)!r}]); sys.exit(not {{'torch', 'deepspeed', 'transformers'}}.isdisjoint(sys.modules))"
-    )
+    heavy = "{'torch', 'deepspeed', 'transformers'}"
+    code = f"import sys; from sltrain_ds.cli import main; main(['estimate', {str(file)!r}]); "
+    code += f"sys.exit(not {heavy}.isdisjoint(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0

@@ -7,12 +7,24 @@ from sltrain_ds.memory.count import Shape, count, nonzeros
 from sltrain_ds.memory.paper import RECIPES, table
 
 TABLE_2 = {
-    "full_rank": {"llama_60m": "58.1 0.35", "llama_130m": "134.1 0.80", "llama_350m": "368.0 2.21",
-                  "llama_1b": "1339.1 8.03"},
-    "low_rank": {"llama_60m": "42.8 0.26", "llama_130m": "94.0 0.56", "llama_350m": "185.2 1.11",
-                 "llama_1b": "609.3 3.66"},
-    "sltrain": {"llama_60m": "43.5 0.27", "llama_130m": "96.5 0.60", "llama_350m": "194.3 1.24",
-                "llama_1b": "645.5 4.16"},
+    "full_rank": {
+        "llama_60m": "58.1 0.35",
+        "llama_130m": "134.1 0.80",
+        "llama_350m": "368.0 2.21",
+        "llama_1b": "1339.1 8.03",
+    },
+    "low_rank": {
+        "llama_60m": "42.8 0.26",
+        "llama_130m": "94.0 0.56",
+        "llama_350m": "185.2 1.11",
+        "llama_1b": "609.3 3.66",
+    },
+    "sltrain": {
+        "llama_60m": "43.5 0.27",
+        "llama_130m": "96.5 0.60",
+        "llama_350m": "194.3 1.24",
+        "llama_1b": "645.5 4.16",
+    },
     "galore": {"llama_1b": "1339.1 4.76"},
     "relora": {"llama_1b": "1339.1 6.34"},
 }
@@ -30,7 +42,10 @@ def test_table_2(method, preset, printed):
 
 def test_7b_counts():
     assert {m: rows("llama_7b")[m].millions for m in ("full_rank", "low_rank", "sltrain")} == {
-        "full_rank": "6738.4", "low_rank": "2820.9", "sltrain": "3144.7"}
+        "full_rank": "6738.4",
+        "low_rank": "2820.9",
+        "sltrain": "3144.7",
+    }
     shape = Shape.of(PRESETS["llama_7b"])
     assert f"{sum(nonzeros(0.05, w.out_features, w.in_features) for w in shape.linears(0)) * 32 / 1e6:.1f}" == "323.8"
 
