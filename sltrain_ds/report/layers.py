@@ -89,6 +89,7 @@ def overview(found: dict[str, list[Analysis]]):
             right.plot(*zip(*shares, strict=True), "o", color=style.colour(index), markersize=4.5, label=run)
     left.set_ylim(0, 1.02)
     right.set_ylim(0, 1.05)
+    right.xaxis.get_major_locator().set_params(integer=True)
     style.legend(left, loc="lower right")
     if not right.get_lines():
         right.set_axis_off()
