@@ -32,7 +32,8 @@ def exclusive(directory: Path):
 def remove_dead(directory: Path, owned: bool = False) -> bool:
     """Remove torch's lock in ``directory`` if a dead build left it, and say so; True if it did.
 
-    ``owned``: the caller holds the only way in (``exclusive``), so whoever made torch's lock is dead.
+    Call it inside ``exclusive``, so that nobody removes the old lock and makes a new one between look and removal.
+    ``owned``: every build there goes through ``exclusive``, so whoever made torch's lock is dead.
     """
     lock = directory / "lock"
     try:

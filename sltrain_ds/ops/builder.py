@@ -34,10 +34,43 @@ def load() -> bool:
     return (_state or _load())[0] != "reference"
 
 
-def build_ahead() -> tuple[str, str]:
+def build_ahead(verbose: bool = False) -> tuple[str, str]:
     """Build now, before any rank starts: ``load`` and then how it went, as ``status`` tells it."""
-    load()
+    _load(verbose)
     return _state
+
+
+def clear_dead_locks() -> None:
+    """Remove what killed builds left of DeepSpeed's own ops, on which the next start would wait without end.
+
+    Safe in every rank at once; call it before ``deepspeed.init_distributed``.
+    """
+    from torch.utils import cpp_extension
+
+    from sltrain_ds.ops import build_lock
+
+    for directory in Path(cpp_extension._get_build_directory("", False)).glob("*/"):
+        if (directory / "lock").exists():
+            with build_lock.exclusive(directory):
+                build_lock.remove_dead(directory)
+
+
+def build_deepspeed_ops(verbose: bool = False) -> str | None:
+    """Build the op that DeepSpeed's first engine start on the CPU would (shared-memory collectives, a minute); its name.
+
+    None where nothing is needed: on a GPU, or without a compiler, where DeepSpeed does without.
+    """
+    from deepspeed.accelerator import get_accelerator
+
+    clear_dead_locks()
+    if get_accelerator().device_name() != "cpu" or missing_tools():
+        return None
+    op = get_accelerator().create_op_builder("ShareMemCommBuilder")
+    if not op.is_compatible():
+        return None
+    with _tools_on_path():
+        op.load(verbose)
+    return op.name
 
 
 def status() -> tuple[str, str]:
@@ -47,7 +80,7 @@ def status() -> tuple[str, str]:
     """
     if _state is not None:
         return _state
-    if _forced():
+    if forced():
         return "reference", "SLTRAIN_OPS=reference"
     if importlib.util.find_spec("sltrain_ds.ops._C") is not None:
         return "prebuilt", importlib.util.find_spec("sltrain_ds.ops._C").origin
@@ -107,16 +140,16 @@ def missing_tools() -> str | None:
     return None
 
 
-def _load():
+def _load(verbose=False):
     global _state
-    _state = _find()
+    _state = _find(verbose)
     if _state[0] == "reference" and os.environ.get("RANK", "0") == "0":
         print(f"sltrain-ds: the PyTorch reference serves in place of the C++ ops: {_state[1]}", flush=True)
     return _state
 
 
-def _find():
-    if _forced():
+def _find(verbose):
+    if forced():
         return "reference", "SLTRAIN_OPS=reference"
     try:
         return "prebuilt", importlib.import_module("sltrain_ds.ops._C").__file__
@@ -135,14 +168,14 @@ def _find():
         if missing:
             return "reference", missing
         try:
-            library = _build()
+            library = _build(verbose)
         except Exception as error:  # whatever a compiler can do wrong
             return "reference", f"the build failed ({_first_line(error)}); `sltrain-ds doctor --build` shows all of it"
     torch.ops.load_library(str(library))
     return "jit", str(library)
 
 
-def _build(verbose: bool = False) -> Path:
+def _build(verbose: bool) -> Path:
     """One process builds, the others wait and find the result."""
     from sltrain_ds.ops import build_lock
 
@@ -186,7 +219,7 @@ def _op_builder():
     return SLTrainOpsBuilder()
 
 
-def _forced() -> bool:
+def forced() -> bool:
     choice = os.environ.get("SLTRAIN_OPS", "")
     if choice not in ("", "reference"):
         raise UserError(f"SLTRAIN_OPS = {choice!r} is not known; set it to 'reference' or leave it unset")
