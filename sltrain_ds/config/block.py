@@ -199,11 +199,13 @@ class SLTrainBlock(Block):
     model: Model = Field(description="what is trained")
     method: Method = Field(description="how its linear layers are parametrised")
     precision: Precision = Field(Precision(), description="optimizer states and weights")
-    per_layer_update: Literal[False] = Field(False, description="update inside the backward pass; not in this version")
+    per_layer_update: Annotated[bool, WithJsonSchema({"const": False})] = Field(
+        False, description="update inside the backward pass; not in this version"
+    )
     clipping: Literal["global"] = Field("global", description="what gradient_clipping bounds")
     op_mode: Literal["auto", "compose"] = Field("auto", description="how an SLTrain layer computes; auto: compose")
     deterministic: bool = Field(False, description="only deterministic kernels")
-    on_nonfinite: Literal["stop", "skip"] = Field("stop", description="at a loss or gradient that is not finite")
+    on_nonfinite: Literal["stop"] = Field("stop", description="at a loss or gradient that is not finite")
     norm: Literal["torch", "apex"] = Field("torch", description="RMSNorm of transformers, or NVIDIA apex's fused one")
     loss: Literal["full", "chunked"] = Field("full", description="logits at once, or chunk by chunk (less memory)")
     tokenizer: str = Field(min_length=1, description="tokenizer directory")

@@ -4,13 +4,13 @@ Written down so that checking a file imports neither torch nor DeepSpeed; tests/
 the list with the installed package (runtime/config.py, runtime/zero/config.py, runtime/lr_schedules.py, monitor/...).
 """
 
-from .tree import ANY, BOOL, COUNT, LIST, SIZE, TEXT, Key
+from .tree import ANY, BOOL, COUNT, NAMES, SIZE, TEXT, Key
 
 VERSION = "0.19.8"
 
 _POSITIVE, _NONNEGATIVE = Key("number", gt=0), Key("number", ge=0)
 _OPTIONAL_TEXT = Key("string", null=True)
-_DTYPE = Key("string", choices=("fp32", "bf16", "fp16"), null=True)
+_DTYPE = Key("string", choices=("fp32", "bf16"), null=True)
 _BLOCK = Key("object")  # passed on or refused as a whole, see refused.py
 
 _OFFLOAD = {
@@ -81,7 +81,7 @@ ZERO = {
     "log_trace_cache_warnings": BOOL,
     "enable_sanity_checks": BOOL,
     "save_muon_momentum_buffer_in_memory": BOOL,
-    "leaf_module": {"classes": LIST, "names": LIST, "name_suffixes": LIST},
+    "leaf_module": {"classes": NAMES, "names": NAMES, "name_suffixes": NAMES},
 }
 
 ADAM = {
@@ -183,7 +183,7 @@ DEEPSPEED = {
     "memory_breakdown": BOOL,
     "vocabulary_size": Key("int", ge=1, null=True),
     "dataloader_drop_last": BOOL,
-    "log_level": _OPTIONAL_TEXT,
+    "log_level": Key("string", choices=("debug", "info", "warning", "error", "critical"), null=True),
     "flops_profiler": {
         "enabled": BOOL,
         "recompute_fwd_factor": _NONNEGATIVE,
@@ -207,7 +207,7 @@ DEEPSPEED = {
         "online": Key("bool", null=True),
         "mode": _OPTIONAL_TEXT,
     },
-    "comms_logger": {"enabled": BOOL, "prof_all": BOOL, "prof_ops": LIST, "verbose": BOOL, "debug": BOOL},
+    "comms_logger": {"enabled": BOOL, "prof_all": BOOL, "prof_ops": NAMES, "verbose": BOOL, "debug": BOOL},
     "timers": {"throughput": {"enabled": BOOL, "synchronized": BOOL}},
     "checkpoint": {
         "tag_validation": Key("string", choices=("Ignore", "Warn", "Fail", "IGNORE", "WARN", "FAIL")),
@@ -216,12 +216,12 @@ DEEPSPEED = {
         "parallel_write": {"pipeline_stage": BOOL},
         "checkpoint_serialization": BOOL,
         "writer": {
-            "type": TEXT,
+            "type": Key("string", choices=("mock", "python", "fast")),
             "decoupled": BOOL,
             "io_buffer_size": COUNT,
             "io_buffer_double": BOOL,
             "show_statistics": BOOL,
-            "data_parallel": _OPTIONAL_TEXT,
+            "data_parallel": Key("string", choices=("replica", "socket", "machine"), null=True),
             "io_multiplier": SIZE,
         },
     },
@@ -229,9 +229,9 @@ DEEPSPEED = {
         "grad_accum_dtype": _DTYPE,
         "param_dtype": _DTYPE,
         "buffer_dtype": _DTYPE,
-        "keep_in_fp32_modules": ANY,
+        "keep_in_fp32_modules": Key("names", auto=True),
     },
-    "torch_autocast": {"enabled": BOOL, "dtype": _OPTIONAL_TEXT, "lower_precision_safe_modules": LIST},
+    "torch_autocast": {"enabled": BOOL, "dtype": _OPTIONAL_TEXT, "lower_precision_safe_modules": NAMES},
     "aio": {
         "block_size": SIZE,
         "queue_depth": SIZE,
@@ -240,9 +240,28 @@ DEEPSPEED = {
         "overlap_events": BOOL,
         "use_gds": BOOL,
     },
+    "compile": {
+        "deepcompile": BOOL,
+        "autoep_non_moe": BOOL,
+        "free_activation": BOOL,
+        "free_activation_threshold": COUNT,
+        "offload_activation": BOOL,
+        "offload_activation_pin_memory": BOOL,
+        "offload_opt_states": BOOL,
+        "double_buffer": BOOL,
+        "symmetric_memory": BOOL,
+        "debug_log": BOOL,
+        "offload_parameters": BOOL,
+        "sync_before_reduce": BOOL,
+        "sync_after_reduce": BOOL,
+        "sync_before_allgather": BOOL,
+        "sync_after_allgather": BOOL,
+        "keep_int_input_tensors": BOOL,
+        "keep_all_input_tensors": BOOL,
+        "passes": Key("names", null=True),
+    },
     # engines and features that replace what sltrain_ds does itself: known, and refused by name
     "autotuning": _BLOCK,
-    "compile": _BLOCK,
     "data_efficiency": _BLOCK,
     "datastates_ckpt": ANY,
     "expert_parallel": _BLOCK,

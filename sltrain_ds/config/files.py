@@ -1,5 +1,6 @@
 """What a run reads must exist and fit: the tokenizer, the prepared data, one vocabulary in all of them."""
 
+from importlib.util import find_spec
 from pathlib import Path
 
 from sltrain_ds.errors import UserError
@@ -36,6 +37,13 @@ def check_files(block, fields):
                 f"sltrain.tokenizer: {tokenizer} is not the one that {directory} was prepared with; name that one, or "
                 f"prepare the data again with {_PREPARE}"
             )
+
+
+def check_packages(data):
+    """Monitors that are switched on need their packages. UserError names the monitor and the package."""
+    for key, package in (("tensorboard", "tensorboard"), ("wandb", "wandb"), ("comet", "comet_ml")):
+        if data.get(key, {}).get("enabled") and find_spec(package) is None:
+            raise UserError(f"{key}.enabled: true needs the package {package}; pip install {package}, or set false")
 
 
 def _check_vocabulary(directory, vocab, model_vocab):

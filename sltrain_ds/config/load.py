@@ -35,7 +35,8 @@ def from_dict(data, overrides=(), world_size=1, name="config.json", check_files=
         raise UserError(f"number of GPUs: must be a whole number from 1 up, not {world_size}")
     data = apply(data, overrides)
     _top_level_keys(data)
-    data.pop("$schema", None)
+    if not isinstance(data.pop("$schema", ""), str):
+        raise UserError("$schema: must be a string, the path of sltrain.schema.json; it is for editors alone")
     block = data.pop("sltrain")
     refused.refuse_removed(data)
     data = check(data, DEEPSPEED, "")
@@ -62,6 +63,7 @@ def from_dict(data, overrides=(), world_size=1, name="config.json", check_files=
     shapes.check_method(block.method, fields)
     shapes.check_sequence(block.data.sequence_length, fields)
     if check_files:
+        files.check_packages(data)
         files.check_files(block, fields)
     return RunConfig(block, data, world_size, total, micro, steps, fields, Path(name), resolved)
 

@@ -82,6 +82,13 @@ def _combinations(data, block):
             "step on zero gradients at the start); set stage 1, 2 or 3, or bf16.enabled false"
         )
     yield from _masters(bf16, precision)
+    dtype = data.get("data_types", {}).get("param_dtype")
+    if dtype is not None and dtype != ("bf16" if bf16.get("enabled") else "fp32"):
+        enabled = shown(bf16.get("enabled", False))
+        yield f'data_types.param_dtype: "{dtype}" contradicts bf16.enabled {enabled}; remove it'
+    for key in zero:
+        if f"stage3_{key}" in zero:
+            yield f"zero_optimization.{key}: is stage3_{key} by another name; keep one of them"
     if data.get("zero_allow_untested_optimizer") is False:
         yield (
             "zero_allow_untested_optimizer: false contradicts the optimizer sltrain_ds builds; remove the key, it is "

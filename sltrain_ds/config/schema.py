@@ -16,6 +16,7 @@ _TYPES = {
     "number": "number",
     "string": "string",
     "list": "array",
+    "names": "array",
     "object": "object",
 }
 
@@ -87,6 +88,8 @@ def _node(node):
     if node.type == "any":
         return {}
     rule = {"enum": list(node.choices)} if node.choices else {"type": _TYPES[node.type]}
+    if node.type == "names":
+        rule["items"] = {"type": "string"}
     bounds = {"minimum": node.ge, "exclusiveMinimum": node.gt, "maximum": node.le}
     rule |= {key: bound for key, bound in bounds.items() if bound is not None}
     if node.type == "int" and not node.choices:

@@ -11,7 +11,7 @@ from .jsonfile import kind, shown
 
 @dataclass(frozen=True)
 class Key:
-    """One leaf: ``type`` is bool, int, number, string, list, object or any; bounds are inclusive but ``gt``."""
+    """One leaf. ``type``: bool, int, number, string, list, names (strings), object, any; only ``gt`` is exclusive."""
 
     type: str
     ge: float | None = None
@@ -22,8 +22,8 @@ class Key:
     null: bool = False
 
 
-BOOL, TEXT, ANY, LIST = Key("bool"), Key("string"), Key("any"), Key("list")
-COUNT, SIZE, NUMBER = Key("int", ge=0), Key("int", ge=1), Key("number")
+BOOL, TEXT, ANY, NAMES = Key("bool"), Key("string"), Key("any"), Key("names")
+COUNT, SIZE = Key("int", ge=0), Key("int", ge=1)
 
 
 def check(value, node, path):
@@ -48,6 +48,8 @@ def check(value, node, path):
         ok = finite and (node.type == "number" or isinstance(value, int))
         ok = ok and (node.ge is None or value >= node.ge) and (node.gt is None or value > node.gt)
         ok = ok and (node.le is None or value <= node.le)
+    elif node.type == "names":
+        ok = isinstance(value, list) and all(isinstance(item, str) for item in value)
     else:
         types = {"bool": bool, "string": str, "list": list, "object": dict}
         ok = node.type in types and isinstance(value, types[node.type])
@@ -56,14 +58,24 @@ def check(value, node, path):
     return value
 
 
+_WORDS = {
+    "bool": "true or false",
+    "int": "a whole number",
+    "number": "a number",
+    "string": "a string",
+    "list": "a list [...]",
+    "names": "a list of strings",
+    "object": "an object {...}",
+}
+
+
 def expected(node):
     """What a key takes, in words."""
     if node.choices:
         words = [shown(choice) for choice in node.choices]
         text = " or ".join(words) if len(words) < 3 else "one of " + ", ".join(words)
     else:
-        text = {"bool": "true or false", "int": "a whole number", "number": "a number", "string": "a string",
-                "list": "a list [...]", "object": "an object {...}", "any": "anything"}[node.type]  # fmt: skip
+        text = _WORDS[node.type]
     bounds = [
         f"{sign} {bound:g}" for sign, bound in ((">", node.gt), (">=", node.ge), ("<=", node.le)) if bound is not None
     ]

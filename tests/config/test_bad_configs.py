@@ -175,6 +175,23 @@ BAD = {
     "accumulation by the caller": ("managed_gradient_accumulation", False, ["managed_gradient_accumulation", "remove"]),
     "elastic with 8-bit": ("zero_optimization.elastic_checkpoint", True, ["elastic_checkpoint", "precision.states"]),
     "universal with 8-bit": ("checkpoint", {"load_universal": True}, ["load_universal", "precision.states"]),
+    "one setting, two names": (
+        "zero_optimization",
+        {"stage": 3, "prefetch_bucket_size": 1, "stage3_prefetch_bucket_size": 2},
+        ["zero_optimization.prefetch_bucket_size: is stage3_prefetch_bucket_size", "keep one"],
+    ),
+    "parameters of another type": (
+        "data_types",
+        {"param_dtype": "fp32"},
+        ["data_types.param_dtype", "bf16.enabled true"],
+    ),
+    "compiler typo": ("compile", {"pases": ["z1"]}, ["compile.pases: unknown key; did you mean compile.passes?"]),
+    "schema that is no path": ("$schema", 1, ["$schema: must be a string"]),
+    "names that are none": (
+        "zero_optimization.leaf_module",
+        {"names": [1]},
+        ["leaf_module.names: must be a list of strings"],
+    ),
     "no norm": ("zero_optimization.compute_grad_norm", False, ["compute_grad_norm", "remove the key"]),
     "torch's 8-bit": ("sltrain.precision.backend", "torch", ["precision.backend", '"auto"']),
     "AdamW without decoupling": ("optimizer.params.adam_w_mode", False, ["adam_w_mode", 'set type "Adam"']),
