@@ -1,4 +1,4 @@
-"""`sltrain-ds doctor`: versions, the ops built or not, apex, bitsandbytes, the accelerator; `--build` compiles ahead."""
+"""`sltrain-ds doctor`: versions, ops built or not, apex, bitsandbytes, the accelerator; `--build` compiles ahead."""
 
 import argparse
 import importlib.metadata
