@@ -2,12 +2,16 @@
 
 from sltrain_ds.errors import UserError
 
-_TOTAL, _MICRO, _STEPS = "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"
+BATCH_KEYS = _TOTAL, _MICRO, _STEPS = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+)
 
 
 def triangle(data, world_size):
     """The three numbers, in sequences; missing ones and "auto" are derived. UserError where they do not fit."""
-    total, micro, steps = (None if data.get(key) in (None, "auto") else data[key] for key in (_TOTAL, _MICRO, _STEPS))
+    total, micro, steps = (None if data.get(key) in (None, "auto") else data[key] for key in BATCH_KEYS)
     if micro is None and total is not None and steps is not None:
         micro, rest = divmod(total, steps * world_size)
         if rest or not micro:

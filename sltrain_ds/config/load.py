@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from sltrain_ds.errors import UserError
 
 from . import auto, files, optimizer, refused, shapes
-from .batch import triangle
+from .batch import BATCH_KEYS, triangle
 from .block import SLTrainBlock, key_tree
 from .deepspeed_keys import DEEPSPEED
 from .jsonfile import kind, read_json
@@ -49,23 +49,17 @@ def from_dict(data, overrides=(), world_size=1, name="config.json", check_files=
     block = _resolve_block(block, data, Path(name).stem, resolved)
     refused.refuse_combinations(data, block)
     optimizer.check_schedule(data, block.steps)
-    total, micro, steps = triangle(data, world_size)
-    for key, value in zip(
-        ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"),
-        (total, micro, steps),
-        strict=True,
-    ):
-        if data.get(key) != value:
-            data[key] = resolved[key] = value
-    shapes.check_model(
-        fields, "sltrain.model" + (".path" if block.model.path else ".config" if block.model.config else "")
-    )
+    sizes = triangle(data, world_size)
+    for key, size in zip(BATCH_KEYS, sizes, strict=True):
+        if data.get(key) != size:
+            data[key] = resolved[key] = size
+    shapes.check_model(fields, "sltrain.model.path" if block.model.path else "sltrain.model.config")
     shapes.check_method(block.method, fields)
     shapes.check_sequence(block.data.sequence_length, fields)
     if check_files:
         files.check_packages(data)
         files.check_files(block, fields)
-    return RunConfig(block, data, world_size, total, micro, steps, fields, Path(name), resolved)
+    return RunConfig(block, data, world_size, *sizes, fields, Path(name), resolved)
 
 
 def _top_level_keys(data):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from sltrain_ds.config import load
+from sltrain_ds.ops.builder import clear_dead_locks
 
 FOLDER = Path(__file__).resolve().parents[2] / "ds_configs"
 SHIPPED = sorted(path.stem for path in FOLDER.glob("*.json"))
@@ -51,6 +52,7 @@ print("SEEN " + json.dumps(seen))
 @pytest.fixture(scope="module")
 def seen():
     """What one process's engines say, a file each. A first start builds DeepSpeed's CPU communication op (a minute)."""
+    clear_dead_locks()  # what a killed build left, on which DeepSpeed would wait without end
     bin_dir = Path(sys.executable).parent
     environment = {
         **os.environ,
