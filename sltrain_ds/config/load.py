@@ -9,7 +9,7 @@ from sltrain_ds.errors import UserError
 
 from . import auto, files, optimizer, refused, shapes
 from .batch import BATCH_KEYS, triangle
-from .block import SLTrainBlock, key_tree
+from .block import SLTrainBlock
 from .deepspeed_keys import DEEPSPEED
 from .jsonfile import kind, read_json
 from .messages import first_line
@@ -39,7 +39,7 @@ def from_dict(data, overrides=(), world_size=1, name="config.json", check_files=
         raise UserError("$schema: must be a string, the path of sltrain.schema.json; it is for editors alone")
     block = data.pop("sltrain")
     refused.refuse_removed(data)
-    data = check(data, DEEPSPEED, "")
+    data = check(data, DEEPSPEED, "", whole_tree())
     data["optimizer"] = optimizer.check_optimizer(data)
     if "scheduler" in data:
         data["scheduler"] = optimizer.check_scheduler(data)
@@ -81,7 +81,7 @@ def _typed(block):
     try:
         return SLTrainBlock.model_validate(copy.deepcopy(block))
     except ValidationError as error:
-        raise UserError(first_line(error, key_tree())) from None
+        raise UserError(first_line(error, whole_tree())) from None
 
 
 def _resolve_block(block, data, stem, resolved):

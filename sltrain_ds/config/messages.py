@@ -24,14 +24,17 @@ _WHAT = {
 }
 
 
-def first_line(error, tree):
-    """The first problem of a ValidationError of the block: its key, what is wrong, what would work."""
+def first_line(error, whole):
+    """The first problem of a ValidationError of the block: its key, what is wrong, what would work.
+
+    ``whole`` is the tree of all key names, for keys that belong elsewhere.
+    """
     problem = error.errors(include_url=False)[0]
     loc, kind, value, context = problem["loc"], problem["type"], problem["input"], problem.get("ctx", {})
     names = _names(loc)
     path, meaning = ".".join(["sltrain", *names]), _description(loc)
     if kind == "extra_forbidden":
-        return _unknown(names, loc, tree)
+        return _unknown(names, loc, whole)
     if kind == "missing":
         return f"{path}: is missing; write it ({meaning})"
     if kind == "union_tag_not_found":
@@ -59,9 +62,9 @@ def _names(loc):
     return [str(part) for i, part in enumerate(loc) if not (i == 1 and loc[0] == "method" and part in METHODS)]
 
 
-def _unknown(names, loc, tree):
+def _unknown(names, loc, whole):
     *parents, name = names
-    node = tree
+    node = whole["sltrain"]
     for parent in parents:
         node = node.get(parent) or {}
     if parents == ["method"]:
@@ -75,14 +78,7 @@ def _unknown(names, loc, tree):
         node = {key: node[key] for key in own}
     if parents[:2] == ["method", "lr_scale"]:
         node = METHODS[loc[1]].model_fields["lr_scale"].annotation.model_fields
-    return unknown(name, ".".join(["sltrain", *parents]), node, None) if parents else _misplaced(name, node, tree)
-
-
-def _misplaced(name, node, tree):
-    line = unknown(name, "", node, tree)
-    head, _, rest = line.partition(": ")
-    rest = rest.replace("did you mean ", "did you mean sltrain.").replace("belongs at ", "belongs at sltrain.")
-    return f"sltrain.{head}: {rest}"
+    return unknown(name, ".".join(["sltrain", *parents]), node, whole)
 
 
 def _field(loc):

@@ -26,7 +26,7 @@ BOOL, TEXT, ANY, NAMES = Key("bool"), Key("string"), Key("any"), Key("names")
 COUNT, SIZE = Key("int", ge=0), Key("int", ge=1)
 
 
-def check(value, node, path):
+def check(value, node, path, whole=None):
     """Return ``value`` with whole numbers like 5e8 as int. UserError names the key, the fault and what would work."""
     if isinstance(node, dict):
         if not isinstance(value, dict):
@@ -35,8 +35,9 @@ def check(value, node, path):
             )
         for name in value:
             if name not in node:
-                raise UserError(unknown(name, path, node))
-        return {name: check(item, node[name], f"{path}.{name}" if path else name) for name, item in value.items()}
+                raise UserError(unknown(name, path, node, whole))
+        here = f"{path}." if path else ""
+        return {name: check(item, node[name], here + name, whole) for name, item in value.items()}
     if (value is None and node.null) or (value == "auto" and node.auto) or node.type == "any":
         return value
     if value == "auto" and node.type != "string" and "auto" not in node.choices:
@@ -89,7 +90,7 @@ def unknown(name, path, node, whole=None):
     if near:
         return f"{here}: unknown key; did you mean {f'{path}.{near}' if path else near}?"
     elsewhere = [place for place in _places(name, whole, "") if place != here] if whole else []
-    if elsewhere:
+    if len(elsewhere) == 1:
         return f"{here}: unknown key here; it belongs at {elsewhere[0]}"
     names = sorted(node) if len(node) <= 12 else None
     return f"{here}: unknown key; remove it" + (f" (known here: {', '.join(names)})" if names else "")

@@ -63,6 +63,9 @@ BAD = {
         ["sltrain.model.config.hidden_dim: unknown key", "sltrain.model.config.hidden_size?"],
     ),
     "key in the wrong place": ("steps", 9, ["steps: unknown key here; it belongs at sltrain.steps"]),
+    "DeepSpeed's key in the block": ("sltrain.gradient_clipping", 1, ["here; it belongs at gradient_clipping"]),
+    "top-level key in ZeRO": ("zero_optimization.train_batch_size", 1, ["here; it belongs at train_batch_size"]),
+    "method's key in the block": ("sltrain.density", 0.1, ["sltrain.density: unknown key", "sltrain.method.density"]),
     "key of another method": (
         "sltrain.method",
         {"name": "full_rank", "rank": 8},
