@@ -55,7 +55,7 @@ class Toy(nn.Module):
 
 
 def start(stage, precision, kind):
-    zero = {"stage": stage, "stage3_param_persistence_threshold": 20, "reduce_bucket_size": 1000}
+    zero = {"stage": stage, "stage3_param_persistence_threshold": 20, "reduce_bucket_size": 1000, "sub_group_size": 300}
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_clipping": 1.0,

@@ -31,7 +31,7 @@ def written(tmp_path_factory):
     def of(world):
         if world not in made:
             made[world] = tmp_path_factory.mktemp(f"world{world}")
-            done = launch(world, WORKER, made[world], *CASES[world], cwd=made[world])
+            done = launch(world, WORKER, made[world], *CASES[world], cwd=made[world], timeout=540)
             assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
         return made[world]
 
