@@ -84,14 +84,14 @@ def expected(node):
 
 
 def unknown(name, path, node, whole=None):
-    """The line for a key that is not known: the nearest one beside it, else the place where that very name is known."""
+    """The line for a key that is not known: the place where that very name is known, else the nearest one beside it."""
     here = f"{path}.{name}" if path else name
-    near = nearest(name, node)
-    if near:
-        return f"{here}: unknown key; did you mean {f'{path}.{near}' if path else near}?"
     elsewhere = [place for place in _places(name, whole, "") if place != here] if whole else []
     if len(elsewhere) == 1:
         return f"{here}: unknown key here; it belongs at {elsewhere[0]}"
+    near = nearest(name, node)
+    if near:
+        return f"{here}: unknown key; did you mean {f'{path}.{near}' if path else near}?"
     names = sorted(node) if len(node) <= 12 else None
     return f"{here}: unknown key; remove it" + (f" (known here: {', '.join(names)})" if names else "")
 
