@@ -58,7 +58,7 @@ def clear_dead_locks() -> None:
 def build_deepspeed_ops(verbose: bool = False) -> str | None:
     """Build the op that DeepSpeed's first engine start on the CPU would, a minute's work; its name.
 
-    None where nothing is needed: on a GPU, or without a compiler, where DeepSpeed does without.
+    None where nothing is built: on a GPU, or without a compiler.
     """
     from deepspeed.accelerator import get_accelerator
 

@@ -206,19 +206,6 @@ def test_compile_fullgraph_forward_and_backward():
         assert torch.equal(found, wanted)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_bits_do_not_depend_on_the_thread_count(dtype):
-    leaves, places, _ = make((192,), 320, 272, 48, 0.05, True, dtype=dtype)
-    before, results = torch.get_num_threads(), []
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        y = run(leaves, places)
-        results.append((y, *gradients(y, leaves)))
-    torch.set_num_threads(before)
-    for one, two in zip(*results, strict=True):
-        assert torch.equal(one, two)
-
-
 def test_python_reference_serves_the_same(tmp_path):
     # a process without the C++ ops, told so by the environment, against this one
     path = tmp_path / "out.pt"
