@@ -88,10 +88,17 @@ def _linear_backward(
         if need_values:
             sparse.gather(dW, rows, columns, out=dvalues)
         if need_A:
-            dA.copy_(torch.mm(B.to(dtype).t(), dW).mul_(scaling))
+            _scaled_product(B.to(dtype).t(), dW, scaling, out=dA)
         if need_B:
-            dB.copy_(torch.mm(dW, A.to(dtype).t()).mul_(scaling))
+            _scaled_product(dW, A.to(dtype).t(), scaling, out=dB)
     return grads
+
+
+def _scaled_product(left, right, scaling, out):
+    if out.dtype == left.dtype:
+        torch.addmm(out, left, right, beta=0, alpha=scaling, out=out)
+    else:  # autocast: the gradient is wider than the product
+        out.copy_(torch.mm(left, right)).mul_(scaling)
 
 
 @_linear_backward.register_fake
