@@ -91,9 +91,9 @@ def _one(run, gpus: int, model: Model) -> Estimate:
     }
     kept = on_gpu.weights + sizes["index"] + on_gpu.masters
     moments = {
-        "initialize": kept + on_gpu.init_extra,
+        "initialize": kept + on_gpu.init,
         "backward": sum(sizes.values()),
-        "step": kept + on_gpu.states + sizes["workspace"] + on_gpu.step_buckets + on_gpu.gradients + on_gpu.step_extra,
+        "step": kept + on_gpu.states + sizes["workspace"] + on_gpu.step,
     }
     parameters = {group: sum(t.numel for t in groups.get(group, ())) for group in GROUPS}
     return Estimate(gpus, run.zero_stage, tokens, parameters, sizes, moments)

@@ -80,17 +80,16 @@ class Settings:
 
 @dataclass(frozen=True)
 class Held:
-    """Bytes on one GPU. `step_extra`: copies inside `optimizer.step()`; `step_buckets`: buckets still held then;
-    `init_extra`: transient copies while the engine is built."""
+    """Bytes on one GPU, `gradients` and `buckets` at their largest in the backward pass; `step`: what is held of both,
+    and of copies, in `optimizer.step()`; `init`: likewise while the engine is built."""
 
     weights: int
     masters: int
     states: int
     gradients: int
     buckets: int
-    step_extra: int
-    step_buckets: int
-    init_extra: int
+    step: int
+    init: int
 
 
 def held(groups: dict[str, list], s: Settings) -> Held:
@@ -118,9 +117,8 @@ def _stage_0(groups, s):
         states=sum(states(t.numel, s, group) for t, group in tensors),
         gradients=gradients,
         buckets=min(total, 500_000_000) * s.weight,  # the flattened copy that is all-reduced, engine.py:3073
-        step_extra=total * 4 if mixed else 0,
-        step_buckets=0,
-        init_extra=0,
+        step=gradients + (total * 4 if mixed else 0),
+        init=0,
     )
 
 
@@ -155,9 +153,8 @@ def _stage_1_and_2(groups, s):
         states=sum(states(numel, s, group) for group, numel in parts.items()),
         gradients=owned * rounds + waiting,
         buckets=(bucket * (2 if s.overlap else 1) + filled) * s.weight,  # filled: the flat copy that is all-reduced
-        step_extra=max(flat_copy[g] + cast_copy[g] for g in parts) - waiting,
-        step_buckets=0,
-        init_extra=max(flattening, zero_gradients),
+        step=owned + max(flat_copy[g] + cast_copy[g] for g in parts),
+        init=max(flattening, zero_gradients),
     )
 
 
@@ -208,9 +205,9 @@ def _stage_3(groups, s):
         states=sum(states(numel, s, group) for group, numel in sub_groups),
         gradients=gradients + largest * s.weight,
         buckets=(bucket + gathered) * s.weight,
-        step_extra=biggest * s.accumulate + cast_copy - largest * s.weight,
-        step_buckets=held_buckets,
-        init_extra=max(sharded * s.weight, biggest * s.master, held_buckets + gradients),
+        step=held_buckets + gradients + biggest * s.accumulate + cast_copy,
+        # a parameter is whole while its module is built
+        init=largest * s.weight + max(sharded * s.weight, biggest * s.master, held_buckets + gradients),
     )
 
 

@@ -1,15 +1,20 @@
 """Prints, for each case on stdin, the bytes a real DeepSpeed engine holds as rank 0 of `world` ranks (a fake group).
 
-Run by test_zero.py as a process of its own: process groups do not come back once taken.
+Run by test_zero.py and test_peak.py as a process of its own: process groups do not come back once taken. With "peak"
+the case is a whole config, and the bytes are the most that lived at once in each of the estimate's moments.
 """
 
+import gc
 import json
 import os
 import sys
+import weakref
 from types import SimpleNamespace
 
 import torch
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 
 os.environ.update(DS_ACCELERATOR="cpu", RANK="0", LOCAL_RANK="0", MASTER_ADDR="localhost", MASTER_PORT="29999")
 
@@ -21,7 +26,7 @@ def main():
     import deepspeed
 
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
-    print("RESULT" + json.dumps([live(deepspeed, case) for case in cases]))
+    print("RESULT" + json.dumps([(peaks if "peak" in case else live)(deepspeed, case) for case in cases]))
 
 
 def live(deepspeed, case):
@@ -91,6 +96,63 @@ def measure(engine, optimizer, stage):
     ]
     index = [b for n, b in engine.module.named_buffers() if n.endswith(("S_rows", "S_columns"))]
     return {"weights": size(weights), "masters": size(masters), "states": size(states), "index": size(index)}
+
+
+class Live(TorchDispatchMode):
+    """Bytes of the storages alive, now and at most since `begin`."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes, self.now, self.most = {}, 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_flatten(out)[0]:
+            if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta":
+                storage = tensor.untyped_storage()
+                key = storage._cdata
+                if key not in self.sizes:
+                    self.sizes[key] = storage.nbytes()
+                    self.now += storage.nbytes()
+                    self.most = max(self.most, self.now)
+                    weakref.finalize(storage, self._drop, key)
+        return out
+
+    def _drop(self, key):
+        self.now -= self.sizes.pop(key, 0)
+
+    def begin(self):
+        gc.collect()
+        self.most = self.now
+
+
+def peaks(deepspeed, case):
+    from sltrain_ds import models
+    from sltrain_ds.config import from_dict
+    from sltrain_ds.loss import use_chunked_loss
+    from sltrain_ds.ops import workspace
+    from sltrain_ds.zero.initialize import initialize, partitioner
+
+    forget_other_optimizers()
+    workspace.release()
+    gc.collect()
+    run = from_dict(case["peak"], world_size=torch.distributed.get_world_size())
+    found = dict.fromkeys(("initialize", "backward", "step"), 0)
+    with Live() as live:
+        model = models.build(run, "cpu", partitioner(run))
+        if run.sltrain.loss == "chunked":
+            use_chunked_loss(model)
+        engine, *_ = initialize(model=model, config=run)
+        found["initialize"] = live.most
+        ids = torch.randint(0, 100, (run.micro_batch_size, run.sequence_length))
+        for _ in range(2 * run.accumulation):  # the states come into being in the first step
+            live.begin()
+            engine.backward(engine(input_ids=ids, labels=ids).loss)
+            found["backward"] = max(found["backward"], live.most)
+            live.begin()
+            engine.step()
+            found["step"] = max(found["step"], live.most)
+    return found
 
 
 if __name__ == "__main__":
