@@ -150,6 +150,8 @@ class SLTrainLinear(MethodLinear):
         intact = self._checksum is not None and support.checksum(rows, columns) == self._checksum
         if not intact and self._stored:
             problem = support.check(rows, columns, self.out_features, self.in_features)
+            if not problem and self._checksum is not None:
+                problem = "it is not the one that was given"
             if problem:
                 raise UserError(f"the stored support of {self.layer_name or 'a layer'} is not usable: {problem}")
             self._checksum = support.checksum(rows, columns)
@@ -171,11 +173,13 @@ class SLTrainLinear(MethodLinear):
         return self
 
     def set_stored_support(self, rows, columns):
-        """Take an imported support: int32 (out + 1) row pointers and sorted columns, kept in the state dict from now
-        on.
+        """Take an imported support, kept in the state dict from now on.
+
+        rows (out + 1) row pointers, columns (nnz,) sorted in each row, integers; UserError if they do not fit.
         """
-        columns = columns.to(support.column_dtype(self.in_features)) if columns.dtype != torch.uint16 else columns
-        rows = rows.to(torch.int32)
+        rows, columns = rows.to(torch.int32), columns.to(torch.int64)
+        if not columns.numel() or 0 <= int(columns.min()) <= int(columns.max()) < self.in_features:  # else check tells
+            columns = columns.to(support.column_dtype(self.in_features))
         problem = support.check(rows, columns, self.out_features, self.in_features)
         if not problem and columns.numel() != self.nnz:
             problem = f"{columns.numel()} positions for {self.nnz} values"
@@ -196,9 +200,7 @@ class SLTrainLinear(MethodLinear):
             self.ensure_support()
 
     def support_info(self) -> dict:
-        """{"kind", "seed", "layer_name", "generator_version", "nnz", "checksum"}: what a checkpoint keeps to tell its
-        support.
-        """
+        """What a checkpoint keeps to tell the support: kind, seed, layer_name, generator_version, nnz, checksum."""
         self.ensure_support()
         return {
             "kind": "stored" if self._stored else "generated",

@@ -151,6 +151,8 @@ def _load(verbose=False):
 def _find(verbose):
     if forced():
         return "reference", "SLTRAIN_OPS=reference"
+    import torch  # its libraries must be there before one that is linked against them
+
     try:
         return "prebuilt", importlib.import_module("sltrain_ds.ops._C").__file__
     except ModuleNotFoundError:
@@ -160,8 +162,6 @@ def _find(verbose):
             f"sltrain-ds: the ops built ahead of time do not load ({_first_line(error)}); building them anew",
             flush=True,
         )
-    import torch
-
     library = cached_library()
     if library is None:
         missing = missing_tools()

@@ -110,7 +110,8 @@ def check(rows: torch.Tensor, columns: torch.Tensor, out_features: int, in_featu
     if rows.dtype != torch.int32 or tuple(rows.shape) != (out_features + 1,):
         return f"S_rows must be int32 ({out_features + 1},), not {rows.dtype} {tuple(rows.shape)}"
     if columns.dtype != column_dtype(in_features) or columns.dim() != 1:
-        return f"S_columns must be 1-D {column_dtype(in_features)}, not {columns.dtype} {tuple(columns.shape)}"
+        found = f"{columns.dtype} {tuple(columns.shape)}"
+        return f"S_columns must be 1-D {column_dtype(in_features)} below {in_features}, not {found}"
     pointers = rows.cpu().numpy().astype(np.int64)
     if pointers[0] != 0 or pointers[-1] != columns.numel() or (np.diff(pointers) < 0).any():
         return f"S_rows must rise from 0 to the number of columns ({columns.numel()})"

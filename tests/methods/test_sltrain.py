@@ -194,6 +194,15 @@ def test_stored_support_that_was_lost_is_an_error_not_a_draw():
         made(torch.randn(1, 20))
 
 
+def test_another_stored_support_in_its_place_is_noticed():
+    made, _ = stored()
+    made(torch.randn(1, 20))
+    rows, columns, _ = support.from_flat_index(torch.arange(24) * 7, 12, 20)
+    made.S_rows, made.S_columns = rows, columns
+    with pytest.raises(UserError, match="not the one that was given"):
+        made(torch.randn(1, 20))
+
+
 def test_unusable_stored_supports_are_refused():
     made = layer()
     rows, columns = (t.clone() for t in (made.S_rows, made.S_columns))
@@ -203,6 +212,9 @@ def test_unusable_stored_supports_are_refused():
     short = support.from_flat_index(torch.arange(10), 12, 20)
     with pytest.raises(UserError, match="10 positions for 24 values"):
         made.set_stored_support(*short[:2])
+    far = torch.tensor([0] + [24] * 12), torch.arange(24) + 65536  # would wrap around in uint16
+    with pytest.raises(UserError, match="below 20"):
+        made.set_stored_support(*far)
     assert made.support_info()["kind"] == "generated"
 
 

@@ -192,3 +192,31 @@ def test_an_op_without_compiler_draws_the_same_support(monkeypatch):
     native = SLTrainLinear(24, 16, rank=2, density=0.2, alpha=4, layer_name="x").support_info()
     monkeypatch.setattr(builder, "_state", ("reference", "test"))
     assert SLTrainLinear(24, 16, rank=2, density=0.2, alpha=4, layer_name="x").support_info() == native
+
+
+def test_ops_built_ahead_come_first(tmp_path):
+    # a package laid out as after `SLTRAIN_BUILD_OPS=1 pip install`, its _C being this machine's cached library
+    if builder.status()[0] != "jit" or not builder.load():
+        pytest.skip("needs the ops from the extension cache")
+    built, name = Path(builder.status()[1]), builder.extension_name()
+    (tmp_path / "sltrain_ds").symlink_to(ROOT / "sltrain_ds")
+    # the library's init function carries the extension's name, so import it under that name
+    code = f"""
+import importlib.machinery, importlib.util, sys
+
+class Ahead:
+    @staticmethod
+    def find_spec(fullname, path=None, target=None):
+        if fullname == "sltrain_ds.ops._C":
+            loader = importlib.machinery.ExtensionFileLoader({name!r}, {str(built)!r})
+            spec = importlib.util.spec_from_file_location({name!r}, {str(built)!r}, loader=loader)
+            return spec
+
+sys.meta_path.insert(0, Ahead)
+from sltrain_ds.ops import builder
+assert "torch" not in sys.modules
+print(builder.status()[0], builder.load(), builder.status()[0])
+"""
+    env = {key: value for key, value in os.environ.items() if key != "SLTRAIN_OPS"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.stdout.split() == ["prebuilt", "True", "prebuilt"], done.stdout + done.stderr
