@@ -29,7 +29,6 @@ def _train(args) -> int:
     _check_run_dir(run, args)
 
     # imported here, so that a bad config is told before torch and DeepSpeed have loaded
-    import deepspeed
     import torch
 
     from sltrain_ds import checkpoint, loop, models
@@ -38,12 +37,13 @@ def _train(args) -> int:
     from sltrain_ds.logs import quiet
     from sltrain_ds.loss import use_chunked_loss
     from sltrain_ds.zero.initialize import initialize, partitioner
+    from sltrain_ds.zero.start import start
 
     quiet()
     found = checkpoint.find(args.resume, run) if args.resume else None
     device = _device(world_size)
     torch.use_deterministic_algorithms(run.sltrain.deterministic)
-    deepspeed.init_distributed()
+    start()
 
     source, data = BatchSource(run), run.sltrain.data
     held_out = open_data(data.dir, "validation", data.sequence_length)
@@ -57,12 +57,12 @@ def _train(args) -> int:
         budget = run.sltrain.eval.tokens
         return evaluation_batches(held_out, budget, run.micro_batch_size, rank, world_size, data.mask_documents)
 
-    start = checkpoint.resume(engine, run, found) if found else (0, 0)
+    done = checkpoint.resume(engine, run, found) if found else (0, 0)
     if rank == 0:
         write_json(run.run_dir / "config.json", run.to_json())
         print(_describe(run, model, source.data), flush=True)
     try:
-        loop.train(engine, run, source, validation, *start)
+        loop.train(engine, run, source, validation, *done)
     except loop.NonFiniteLoss as error:
         if rank == 0:
             print(f"sltrain-ds: {error}", file=sys.stderr, flush=True)

@@ -26,8 +26,19 @@ def tiny(tmp_path_factory) -> dict[str, Path]:
     with lzma.open(CORPUS, "rt", encoding="utf-8") as file:
         text.write_text(file.read(150_000), encoding="utf-8")
     places = {"tokenizer": folder / "tokenizer", "data": folder / "data"}
-    assert not main(["tokenizer", "train", "--input", str(text), "--vocab-size", "384", "--out", str(places["tokenizer"])])
-    prepare = ["data", "prepare", "--input", str(text), "--tokenizer", str(places["tokenizer"]), "--out", str(places["data"])]
+    assert not main(
+        ["tokenizer", "train", "--input", str(text), "--vocab-size", "384", "--out", str(places["tokenizer"])]
+    )
+    prepare = [
+        "data",
+        "prepare",
+        "--input",
+        str(text),
+        "--tokenizer",
+        str(places["tokenizer"]),
+        "--out",
+        str(places["data"]),
+    ]
     assert not main([*prepare, "--val-fraction", "0.1"])
     return places
 

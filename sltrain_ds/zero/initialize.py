@@ -4,36 +4,35 @@ import copy
 
 import deepspeed
 import torch
-from deepspeed.utils import logger
 
-from sltrain_ds.config import RunConfig, from_dict, load
+from sltrain_ds.config import RunConfig, from_dict
+from sltrain_ds.config.jsonfile import read_json
 from sltrain_ds.optim import build_optimizer
+from sltrain_ds.zero.start import start
 from sltrain_ds.zero.support_check import check_supports_agree
 
 
-def initialize(*, model, config, optimizer=None, lr_scheduler=None, **rest):
+def initialize(
+    args=None, model=None, optimizer=None, model_parameters=None, training_data=None, lr_scheduler=None, *,
+    config=None, config_params=None, **rest
+):  # fmt: skip
     """Drop-in for `deepspeed.initialize` (deepspeed/__init__.py, 0.19): `(engine, optimizer, dataloader, scheduler)`.
 
-    `config` is a JSON path, a dict or a `RunConfig`. With a "sltrain" block the optimizer is built from the file with
-    a group for each role, and the keys we own are set and printed once; without one DeepSpeed sees the config as it
-    is. Models without SLTrain layers pass too. Raises `UserError` for what the config or the ranks get wrong.
+    `config` is a JSON path, a dict or a `RunConfig`. With a "sltrain" block the optimizer is built from the file (unless
+    one is given) with a group for each role, and the keys we own are set and printed once; without one DeepSpeed sees
+    everything as it is. Models without SLTrain layers pass too. Raises `UserError` for what config or ranks get wrong.
     """
+    start()
+    config = config or config_params or getattr(args, "deepspeed_config", None)
     run = _run_config(config)
-    if run is None:
-        result = deepspeed.initialize(
-            model=model, config=config, optimizer=optimizer, lr_scheduler=lr_scheduler, **rest
-        )
-    else:
-        ds_config = copy.deepcopy(run.deepspeed)
-        if optimizer is None:
-            optimizer = build_optimizer(model, run)
-        # DeepSpeed would build its own from this block: ours is built from the same numbers
-        ds_config.pop("optimizer", None)
-        _scale_scheduler(ds_config, optimizer)
-        _set_owned_keys(ds_config, run)
-        result = deepspeed.initialize(
-            model=model, config=ds_config, optimizer=optimizer, lr_scheduler=lr_scheduler, **rest
-        )
+    if run is not None:
+        optimizer = optimizer or build_optimizer(model, run)
+        config = _for_deepspeed(run, getattr(optimizer, "param_groups", []))
+        args = None  # its deepspeed_config, the file itself, would be a second config
+    result = deepspeed.initialize(
+        args=args, model=model, optimizer=optimizer, model_parameters=model_parameters, training_data=training_data,
+        lr_scheduler=lr_scheduler, config=config, **rest,
+    )  # fmt: skip
     check_supports_agree(model, result[0].device)
     return result
 
@@ -56,36 +55,28 @@ def partitioner(run):
 def _run_config(config) -> RunConfig | None:
     if isinstance(config, RunConfig):
         return config
-    if isinstance(config, dict):
-        return from_dict(config, world_size=_world_size()) if "sltrain" in config else None
-    return load(config, world_size=_world_size(), check_files=False)
+    if not isinstance(config, dict):
+        config = read_json(config)
+    return from_dict(config, world_size=deepspeed.comm.get_world_size()) if "sltrain" in config else None
 
 
-def _world_size() -> int:
-    if not deepspeed.comm.is_initialized():
-        deepspeed.init_distributed()
-    return deepspeed.comm.get_world_size()
-
-
-def _scale_scheduler(ds_config, optimizer) -> None:
-    """The Warmup schedulers set absolute rates: give them one a group, so that the role multipliers survive."""
-    params = ds_config.get("scheduler", {}).get("params", {})
-    scales = [group.get("lr_scale", 1.0) for group in optimizer.param_groups]
-    for key in ("warmup_max_lr", "warmup_min_lr", "cycle_min_lr", "cycle_max_lr", "lr_range_test_min_lr"):
-        if isinstance(params.get(key), int | float):
-            params[key] = [params[key] * scale for scale in scales]
-
-
-def _set_owned_keys(ds_config, run) -> None:
+def _for_deepspeed(run, groups) -> dict:
+    """The config DeepSpeed gets: without the optimizer block, which is built here, and with the keys we own."""
+    config = copy.deepcopy(run.deepspeed)
+    config.pop("optimizer", None)
+    _scale_scheduler(config.get("scheduler", {}).get("params", {}), [group.get("lr_scale", 1.0) for group in groups])
     owned = {"zero_allow_untested_optimizer": True}
     if run.weights == "bf16":
-        owned["bf16"] = {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
-    for key, value in owned.items():
-        if isinstance(value, dict):
-            ds_config.setdefault(key, {}).update(value)
-        else:
-            ds_config[key] = value
+        config["bf16"] |= {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
+        owned |= {key: True for key in ("bf16.bf16_master_weights_and_grads", "bf16.bf16_optimizer_states")}
+    config["zero_allow_untested_optimizer"] = True
     if deepspeed.comm.get_rank() == 0:
-        logger.info("sltrain_ds sets: " + ", ".join(f"{key} = {value}" for key, value in owned.items()))
+        print("sltrain_ds sets: " + ", ".join(f"{key} = {str(value).lower()}" for key, value in owned.items()))
+    return config
 
 
+def _scale_scheduler(params: dict, scales: list[float]) -> None:
+    """Schedulers that set absolute rates get one a group, so that the multipliers by role survive; in place."""
+    for key in ("warmup_max_lr", "warmup_min_lr", "cycle_min_lr", "cycle_max_lr", "lr_range_test_min_lr"):
+        if isinstance(params.get(key), int | float) and scales:
+            params[key] = [params[key] * scale for scale in scales]

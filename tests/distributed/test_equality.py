@@ -15,8 +15,8 @@ from sltrain_ds.data.dataset import BatchSource
 from sltrain_ds.methods import SLTrainLinear
 from sltrain_ds.optim import build_optimizer
 
-WORKER = Path(__file__).with_name("run_stages.py")
-STEPS = 20
+WORKER = Path(__file__).with_name("run_variants.py")
+STEPS, STAGES = 20, (0, 1, 2, 3)
 pytestmark = pytest.mark.distributed
 
 
@@ -62,19 +62,17 @@ def relative(a, b) -> float:
     return max(abs(x - y) / abs(y) for x, y in zip(a, b, strict=True))
 
 
-def _config(tiny_config):
-    return tiny_config(sltrain__steps=STEPS)
-
-
 def test_every_stage_and_world_gives_the_losses_of_the_naive_formula(tiny_config, tmp_path):
-    config = _config(tiny_config)
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(config))
+    config = tiny_config(sltrain__steps=STEPS)
+    path = tmp_path / "configs.json"
+    path.write_text(
+        json.dumps({stage: tiny_config(sltrain__steps=STEPS, zero_optimization__stage=stage) for stage in STAGES})
+    )
     expected = naive_losses(config)
     assert expected[-1] < expected[0] - 0.3, "the model must learn, or equal losses say little"
-    for world in (1, 2):
+    for world in (1, 2, 4):
         out = tmp_path / f"world{world}.json"
-        process = launch(world, WORKER, path, out, "0", "1", "2", "3", cwd=tmp_path)
+        process = launch(world, WORKER, path, out, cwd=tmp_path)
         assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-3000:]
         for stage, losses in json.loads(out.read_text()).items():
             assert relative(losses, expected) < 1e-5, (world, stage, losses, expected)
@@ -82,7 +80,7 @@ def test_every_stage_and_world_gives_the_losses_of_the_naive_formula(tiny_config
 
 def test_a_wrong_learning_rate_is_seen(tiny_config):
     """The control: 1% off in one group moves the losses by far more than the tolerance above."""
-    config = _config(tiny_config)
+    config = tiny_config(sltrain__steps=STEPS)
     expected = naive_losses(config)
     config["sltrain"]["method"]["lr_scale"] = {"sparse": 1.01}
     assert relative(naive_losses(config), expected) > 1e-5

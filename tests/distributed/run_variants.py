@@ -1,0 +1,69 @@
+"""A rank's side of the tests here: train every config of a file and write the losses.
+
+    run_variants.py CONFIGS.json OUT.json [--resume]     CONFIGS: {name: config}; OUT: {name: [loss a step]}
+
+With --resume each is trained a second time, from a checkpoint of its middle, and OUT holds {name: [straight, resumed]}.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import deepspeed
+import torch
+
+from sltrain_ds import checkpoint, models
+from sltrain_ds.config import from_dict
+from sltrain_ds.data.dataset import BatchSource
+from sltrain_ds.evaluate import with_labels
+from sltrain_ds.logs import quiet
+from sltrain_ds.loss import use_chunked_loss
+from sltrain_ds.zero.initialize import initialize, partitioner
+from sltrain_ds.zero.start import start
+
+
+def losses(run, save_at=None, resume_from=None) -> list[float]:
+    """Global losses of the run's steps, through the same calls as train.py."""
+    world, source = deepspeed.comm.get_world_size(), BatchSource(run)
+    model = models.build(run, "cpu", partitioner(run))
+    if run.sltrain.loss == "chunked":
+        use_chunked_loss(model)
+    engine, *_ = initialize(model=model, config=run)
+    start = checkpoint.resume(engine, run, resume_from)[0] if resume_from else 0
+    found = []
+    for step in range(start, run.sltrain.steps):
+        total = torch.zeros((), dtype=torch.float64)
+        for micro in range(run.accumulation):
+            loss = engine(**with_labels(source.micro_batch(step, micro, engine.global_rank, world))).loss
+            engine.backward(loss)
+            engine.step()
+            total += loss.detach().double()
+        torch.distributed.all_reduce(total)
+        found.append(float(total) / (run.accumulation * world))
+        if step + 1 == save_at:
+            checkpoint.save(engine, run, step + 1, 0)
+    engine.destroy()
+    return found
+
+
+def both(run, folder: Path) -> list[list[float]]:
+    middle = run.sltrain.steps // 2
+    straight = losses(run, save_at=middle)
+    return [straight, straight[:middle] + losses(run, resume_from=folder / f"step_{middle:08d}")]
+
+
+if __name__ == "__main__":
+    quiet()
+    config_path, out, *flags = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
+    start()
+    result = {}
+    for name, config in json.loads(Path(config_path).read_text()).items():
+        config["sltrain"]["checkpoint"]["dir"] = str(Path(out).parent / "checkpoints" / name)
+        run = from_dict(config, world_size=deepspeed.comm.get_world_size())
+        try:
+            result[name] = both(run, run.checkpoint_dir) if "--resume" in flags else losses(run)
+        except Exception as error:
+            error.add_note(f"in the variant {name}")
+            raise
+    if deepspeed.comm.get_rank() == 0:
+        Path(out).write_text(json.dumps(result))
