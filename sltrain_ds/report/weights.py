@@ -5,6 +5,7 @@ converted (see converted.py) or plain Hugging Face. Nothing is resident but the 
 """
 
 import copy
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,15 +49,25 @@ def open_weights(run_dir: str | Path) -> tuple[Weights | None, list[str]]:
     run_dir, notes = Path(run_dir), []
     for folder, reader in (
         (run_dir / "checkpoints", _checkpoint),
+        (_configured_checkpoints(run_dir), _checkpoint),
         (run_dir / "export", _directory),
         (run_dir, _directory),
     ):
-        if folder.is_dir() and (reader is _checkpoint or any(folder.glob("model*.safetensors"))):
+        if folder is not None and folder.is_dir() and (reader is _checkpoint or any(folder.glob("model*.safetensors"))):
             try:
                 return reader(folder), notes
             except UserError as error:
                 notes.append(f"weights not read from {folder}: {error}")
     return None, notes
+
+
+def _configured_checkpoints(run_dir: Path) -> Path | None:
+    """Where the run's config put its checkpoints, if not in the run directory."""
+    try:
+        folder = Path(json.loads((run_dir / "config.json").read_text(encoding="utf-8"))["sltrain"]["checkpoint"]["dir"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # a model directory, or a config without the key
+    return None if folder.resolve() == (run_dir / "checkpoints").resolve() else folder
 
 
 def _checkpoint(folder: Path) -> Weights:

@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -71,6 +73,15 @@ def test_full_rank_checkpoint(tmp_path):
     name, W, low_rank, sparse = next(layers(tmp_path))
     np.testing.assert_array_equal(W, built.get_submodule(name).weight.detach().numpy())
     assert low_rank is None and sparse is None
+
+
+def test_checkpoints_elsewhere(tmp_path):
+    save_checkpoint(tmp_path / "elsewhere", model())
+    (tmp_path / "run").mkdir()
+    folder = tmp_path / "elsewhere" / "checkpoints"
+    (tmp_path / "run" / "config.json").write_text(json.dumps({"sltrain": {"checkpoint": {"dir": str(folder)}}}))
+    weights, notes = open_weights(tmp_path / "run")
+    assert weights.source == folder / "step_00000060" and notes == []
 
 
 def test_a_damaged_checkpoint_is_told_and_the_export_taken(tmp_path):
