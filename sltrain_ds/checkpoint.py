@@ -82,7 +82,9 @@ def resume(engine, run, path: Path) -> tuple[int, int]:
     held = supports(engine.module)
     for name, info in state["supports"].items():
         if held.get(name) != info:
-            raise UserError(f"{path}: the support of {name} is not the one this version draws ({info}, {held.get(name)})")
+            raise UserError(
+                f"{path}: the support of {name} is not the one this version draws ({info}, {held.get(name)})"
+            )
     with safe_checkpoint_engine(engine):
         loaded, _ = engine.load_checkpoint(str(path.parent), tag=path.name)
     if loaded is None:

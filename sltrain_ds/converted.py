@@ -1,8 +1,8 @@
 """A converted model on disk: a Hugging Face directory whose weights are the method layers' own tensors.
 
-    config.json, generation_config.json, tokenizer files   as transformers writes them
-    model*.safetensors     "...q_proj.A", ".B", ".S_values" and, of supports that no seed gives, ".S_rows", ".S_columns"
-    sltrain_method.json    {"format": 1, "method": {"name", ...}, "supports": {layer: support_info()}}
+config.json, generation_config.json, tokenizer files   as transformers writes them
+model*.safetensors     "...q_proj.A", ".B", ".S_values" and, of supports that no seed gives, ".S_rows", ".S_columns"
+sltrain_method.json    {"format": 1, "method": {"name", ...}, "supports": {layer: support_info()}}
 """
 
 import json

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import distributed
 
+
 @dataclass(frozen=True)
 class Evaluation:
     loss: float  # nats a predicted token

@@ -49,9 +49,7 @@ def train(engine, run, source, validation, start_step: int = 0, start_tokens: in
         seconds = time.perf_counter() - began
         memory = bytes_by_category(engine)
         rate = run.tokens_per_step / seconds
-        metrics.log(
-            step + 1, loss=loss, lr=lr, grad_norm=norm, tokens=tokens, tokens_per_second=rate, memory=memory
-        )
+        metrics.log(step + 1, loss=loss, lr=lr, grad_norm=norm, tokens=tokens, tokens_per_second=rate, memory=memory)
         progress.step(loss, rate, memory["peak"])
         if not (math.isfinite(loss) and math.isfinite(norm)):
             progress.close()

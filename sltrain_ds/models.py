@@ -102,7 +102,9 @@ def _load(path: Path, run, dtype):
     from sltrain_ds.converted import is_converted, load_converted
 
     if not path.is_dir():
-        raise UserError(f"sltrain.model.path: {path} is not a directory; give a Hugging Face or converted model directory")
+        raise UserError(
+            f"sltrain.model.path: {path} is not a directory; give a Hugging Face or converted model directory"
+        )
     if is_converted(path):
         model = load_converted(path).to(dtype)
         held = {type(m) for m in model.modules() if isinstance(m, MethodLinear)}

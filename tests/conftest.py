@@ -3,13 +3,11 @@
 import json
 import lzma
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from ranks import ROOT, launch
 
-ROOT = Path(__file__).resolve().parents[1]
 CORPUS = ROOT / "sltrain_ds" / "data" / "austen.txt.xz"
 
 # set before any test imports DeepSpeed: a CPU run on machines without a GPU
@@ -93,22 +91,6 @@ def tiny_config(tiny, tmp_path):
         return config
 
     return make
-
-
-def launch(world: int, *module_and_args: str, cwd: Path, timeout: int = 300, **env) -> subprocess.CompletedProcess:
-    """`deepspeed --num_gpus WORLD MODULE_AND_ARGS...` on the CPU, as a user would call it; output captured as text."""
-    bin_dir = Path(sys.executable).parent
-    environment = {
-        **os.environ,
-        "PATH": f"{bin_dir}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": str(ROOT),
-        "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": "1",
-        **env,
-    }
-    port = str(20000 + os.getpid() % 20000)
-    command = [str(bin_dir / "deepspeed"), "--num_gpus", str(world), "--master_port", port, *map(str, module_and_args)]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
 
 
 @pytest.fixture

@@ -35,7 +35,9 @@ def run(args) -> int:
     data = TokenData(args.data, "validation", args.sequence_length)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        model = load_converted(args.model) if is_converted(args.model) else AutoModelForCausalLM.from_pretrained(args.model)
+        model = (
+            load_converted(args.model) if is_converted(args.model) else AutoModelForCausalLM.from_pretrained(args.model)
+        )
     except (OSError, ValueError) as error:
         raise UserError(f"{args.model}: cannot be loaded ({str(error).splitlines()[0]})") from None
     if model.config.vocab_size < data.vocab_size:

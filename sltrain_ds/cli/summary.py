@@ -34,7 +34,11 @@ def run(args) -> int:
                           (unigram {baselines["unigram"]:.1f}, interpolated bigram {baselines["bigram"]:.2f}, same tokens)
   parameters              {trained / 1e6:.2f}M, {trained / dense:.0%} of the dense model's {dense / 1e6:.2f}M"""
     )
-    for label, name in (("checkpoints", "checkpoints"), ("Hugging Face model", "export"), ("report", "report/index.html")):
+    for label, name in (
+        ("checkpoints", "checkpoints"),
+        ("Hugging Face model", "export"),
+        ("report", "report/index.html"),
+    ):
         if (args.run_dir / name).exists():
             print(f"  {label:<24}{args.run_dir / name}")
     return 0

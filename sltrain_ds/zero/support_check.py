@@ -8,9 +8,7 @@ from sltrain_ds.errors import UserError
 
 def supports(model) -> dict[str, dict]:
     """Layer name -> `support_info()` of every layer that has a support, built where it was not yet."""
-    return {
-        module.layer_name: module.support_info() for module in model.modules() if hasattr(module, "support_info")
-    }
+    return {module.layer_name: module.support_info() for module in model.modules() if hasattr(module, "support_info")}
 
 
 def check_supports_agree(model, device) -> None:

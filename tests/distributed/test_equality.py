@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import launch
 from deepspeed.runtime.lr_schedules import WarmupCosineLR
+from ranks import launch
 from torch import nn
 
 from sltrain_ds import models

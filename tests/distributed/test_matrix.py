@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import launch
+from ranks import launch
 
 pytestmark = pytest.mark.distributed
 WORKER = Path(__file__).with_name("run_variants.py")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import launch
+from ranks import launch
 
 from sltrain_ds.cli import main
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import launch
+from ranks import launch
 from safetensors.torch import load_file
 
 from sltrain_ds.errors import UserError

@@ -15,7 +15,13 @@ from sltrain_ds.zero.support_check import supports
 
 @pytest.fixture(autouse=True)
 def one_rank(monkeypatch):
-    for key, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29791}.items():
+    for key, value in {
+        "RANK": 0,
+        "LOCAL_RANK": 0,
+        "WORLD_SIZE": 1,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": 29791,
+    }.items():
         monkeypatch.setenv(key, str(value))
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
 
@@ -32,7 +38,9 @@ SCHEDULERS = {
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_the_rates_of_the_roles_keep_their_ratios(tiny_config, scheduler):
-    config = tiny_config(scheduler={"type": scheduler, "params": SCHEDULERS[scheduler]}, sltrain__method__lr_scale=SCALE)
+    config = tiny_config(
+        scheduler={"type": scheduler, "params": SCHEDULERS[scheduler]}, sltrain__method__lr_scale=SCALE
+    )
     run = from_dict(config)
     engine, optimizer, _, schedule = initialize(model=models.build(run), config=run)
     for _ in range(10):
@@ -82,7 +90,7 @@ def test_a_model_and_a_config_without_sltrain_pass_as_they_are(tmp_path):
     path = tmp_path / "plain.json"
     path.write_text(json.dumps(_foreign()))
     model = torch.nn.Linear(4, 4)
-    engine, optimizer, loader, schedule = initialize(model=model, model_parameters=model.parameters(), config=str(path))
+    engine, _, loader, schedule = initialize(model=model, model_parameters=model.parameters(), config=str(path))
     before = model.weight.detach().clone()
     engine.backward(engine(torch.ones(2, 4)).square().sum())
     engine.step()
