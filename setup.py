@@ -1,6 +1,7 @@
 """Package and, on request, the ahead-of-time C++ ops (SLTRAIN_BUILD_OPS=1 with --no-build-isolation)."""
 
 import os
+from pathlib import Path
 
 from setuptools import find_packages, setup
 
@@ -24,7 +25,7 @@ setup(
     name="sltrain_ds",
     version="0.1.0",
     description="SLTrain (sparse plus low-rank pretraining) as a DeepSpeed training stack",
-    long_description=open("README.md", encoding="utf-8").read() if os.path.exists("README.md") else "",
+    long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11,<3.14",

@@ -22,7 +22,8 @@ def evaluate(model, batches, device) -> Evaluation:
     """Mean loss of `model` (an engine or a transformers model) over `batches`, summed over all ranks.
 
     `batches` yields (batch, weight): dicts of CPU tensors, and how many predicted tokens the batch's mean loss stands
-    for; 0 for a repeat that only keeps ranks in step (ZeRO-3 gathers in every forward pass). Sums are fp64, so neither ranks nor batch size show in the result.
+    for; 0 for a repeat that only keeps ranks in step (ZeRO-3 gathers in every forward pass). Sums are fp64, so neither
+    ranks nor batch size show in the result.
     """
     training = model.training
     model.eval()

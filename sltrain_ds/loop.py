@@ -54,8 +54,8 @@ def train(engine, run, source, validation, start_step: int = 0, start_tokens: in
         if not (math.isfinite(loss) and math.isfinite(norm)):
             progress.close()
             raise NonFiniteLoss(
-                f"step {step + 1}: loss {loss}, gradient norm {norm}; stopped (on_nonfinite: stop). Lower the lr or set "
-                f"gradient_clipping, then --resume latest"
+                f"step {step + 1}: loss {loss}, gradient norm {norm}; stopped (on_nonfinite: stop). "
+                "Lower the lr or set gradient_clipping, then --resume latest"
             )
         last = step + 1 == block.steps
         if last or _due(step + 1, block.eval.every):

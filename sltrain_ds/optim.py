@@ -72,6 +72,7 @@ def _bitsandbytes(groups, common, decoupled):
         ) from None
     kind = bnb.optim.AdamW8bit if decoupled else bnb.optim.Adam8bit
     optimizer = kind(groups, **common)
+    optimizer.mng.index2config.clear()  # one manager serves the process: drop an earlier optimizer's rules
     for index, group in enumerate(groups):
         if group["name"] == "norms":
             # keyed by (group, position): it holds for the flat partitions ZeRO puts in the parameters' place too

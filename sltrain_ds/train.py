@@ -88,9 +88,9 @@ def _device(world_size: int) -> str:
 def _describe(run, model, data) -> str:
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
     return (
-        f"{run.sltrain.method.name}, {parameters / 1e6:.2f}M parameters, ZeRO-{run.zero_stage}, {run.world_size} rank(s) x "
-        f"{run.micro_batch_size} sequences x {run.accumulation} micro-batches; an epoch is {data.num_sequences:,} sequences "
-        f"of {data.sequence_length} tokens, {data.dropped_tokens} tail tokens dropped"
+        f"{run.sltrain.method.name}, {parameters / 1e6:.2f}M parameters, ZeRO-{run.zero_stage}, "
+        f"{run.world_size} rank(s) x {run.micro_batch_size} sequences x {run.accumulation} micro-batches; an epoch is "
+        f"{data.num_sequences:,} sequences of {data.sequence_length} tokens, {data.dropped_tokens} tail tokens dropped"
     )
 
 

@@ -28,12 +28,12 @@ def run(args) -> int:
     shape = Shape.of(model_fields(settings.model))
     trained, dense = count(shape, settings.method).parameters, count(shape).parameters
     first, last = evaluations[0], evaluations[-1]
-    print(
-        f"""
-  validation perplexity   before {first["eval_perplexity"]:.1f}   after {last["step"]} steps {last["eval_perplexity"]:.2f}
-                          (unigram {baselines["unigram"]:.1f}, interpolated bigram {baselines["bigram"]:.2f}, same tokens)
-  parameters              {trained / 1e6:.2f}M, {trained / dense:.0%} of the dense model's {dense / 1e6:.2f}M"""
-    )
+    before, after = first["eval_perplexity"], last["eval_perplexity"]
+    unigram, bigram = baselines["unigram"], baselines["bigram"]
+    print(f"""
+  validation perplexity   before {before:.1f}   after {last["step"]} steps {after:.2f}
+                          (unigram {unigram:.1f}, interpolated bigram {bigram:.2f}, same tokens)
+  parameters              {trained / 1e6:.2f}M, {trained / dense:.0%} of the dense model's {dense / 1e6:.2f}M""")
     for label, name in (
         ("checkpoints", "checkpoints"),
         ("Hugging Face model", "export"),

@@ -18,9 +18,10 @@ def initialize(
 ):  # fmt: skip
     """Drop-in for `deepspeed.initialize` (deepspeed/__init__.py, 0.19): `(engine, optimizer, dataloader, scheduler)`.
 
-    `config` is a JSON path, a dict or a `RunConfig`. With a "sltrain" block the optimizer is built from the file (unless
-    one is given) with a group for each role, and the keys we own are set and printed once; without one DeepSpeed sees
-    everything as it is. Models without SLTrain layers pass too. Raises `UserError` for what config or ranks get wrong.
+    `config` is a JSON path, a dict or a `RunConfig`. With a "sltrain" block the optimizer is built from the file
+    (unless one is given) with a group for each role, and the keys we own are set and printed once; without one
+    DeepSpeed sees everything as it is. Models without SLTrain layers pass too. Raises `UserError` for what config or
+    ranks get wrong.
     """
     start()
     config = config or config_params or getattr(args, "deepspeed_config", None)
