@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from sltrain_ds.cli import main
 from sltrain_ds.config import load
 from sltrain_ds.errors import UserError
 
@@ -273,6 +274,16 @@ def test_one_clear_line(line, key, value, says):
     assert "\n" not in message and len(message) < 400
     for part in says:
         assert part in message, message
+
+
+@pytest.mark.parametrize("key, value, says", BAD.values(), ids=BAD)
+def test_exit_code_2_and_no_traceback(good, tmp_path, capsys, key, value, says):
+    put(key, value)(good)
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(good))
+    assert main(["config", "check", str(path), "--no-files"]) == 2
+    out, err = capsys.readouterr()
+    assert not out and err.startswith("sltrain-ds: error: ") and err.count("\n") == 1
 
 
 def test_masters_without_bf16(line, good):

@@ -98,3 +98,11 @@ def test_resume_on_another_world_size_is_refused(train, tmp_path):
     process, _ = train(1, "--resume", "latest")
     assert process.returncode == 2, "a checkpoint that could run code must be refused"
     assert "model_states.pt" in process.stderr
+
+
+def test_ranks_with_different_supports_are_stopped(tiny_config, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(tiny_config()))
+    process = launch(2, Path(__file__).with_name("run_disagreeing.py"), path, cwd=tmp_path)
+    assert process.returncode == 2, process.stderr[-2000:]
+    assert "support of model.layers.0.self_attn.q_proj differs between ranks" in process.stdout
