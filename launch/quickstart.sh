@@ -19,7 +19,7 @@ deepspeed --log_level error --num_gpus "$RANKS" --module sltrain_ds.train ds_con
 
 echo "== exporting, evaluating the exported model, drawing the report"
 sltrain-ds export $RUN/checkpoints $RUN/export
-sltrain-ds eval $RUN/export --data $PREPARED/data
+sltrain-ds eval $RUN/export --data $PREPARED/data --sequence-length 128 --tokens 65536
 sltrain-ds summary $RUN >/dev/null # baselines.json, which the report shows
 sltrain-ds report $RUN --out $RUN/report
 sltrain-ds summary $RUN

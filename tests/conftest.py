@@ -3,6 +3,7 @@
 import json
 import lzma
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ CORPUS = ROOT / "sltrain_ds" / "data" / "austen.txt.xz"
 
 # set before any test imports DeepSpeed: a CPU run on machines without a GPU
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# the venv's ninja, whichever python was called: another version's log would have every op compiled anew
+os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
 
 @pytest.fixture(scope="session")

@@ -68,7 +68,7 @@ def build_deepspeed_ops(verbose: bool = False) -> str | None:
     op = get_accelerator().create_op_builder("ShareMemCommBuilder")
     if not op.is_compatible():
         return None
-    with _tools_on_path():
+    with tools_on_path():
         op.load(verbose)
     return op.name
 
@@ -132,7 +132,7 @@ def missing_tools() -> str | None:
     if not sources():
         return f"the C++ sources are missing ({source_directory()})"
     compiler = os.environ.get("CXX", "c++")
-    with _tools_on_path():
+    with tools_on_path():
         if not shutil.which(compiler.split()[0]):
             return f"no C++ compiler ({compiler}) was found"
         if not shutil.which("ninja"):
@@ -186,7 +186,7 @@ def _build(verbose: bool) -> Path:
             return library
         build_lock.remove_dead(directory, owned)
         print("sltrain-ds: building the C++ ops (once, about 20 s)", flush=True)
-        with _tools_on_path():
+        with tools_on_path():
             _op_builder().jit_load(verbose=verbose)
         (directory / "complete").touch()
     return directory / f"{directory.name}.so"
@@ -227,10 +227,14 @@ def forced() -> bool:
 
 
 @contextlib.contextmanager
-def _tools_on_path():
-    """pip puts ninja beside python, which is not on PATH where a venv's python was called by its path."""
+def tools_on_path():
+    """The ninja that pip put beside python, first.
+
+    It is not on PATH where a venv's python was called by its path; and two versions of ninja in turn (the system's
+    beside it) do not read each other's logs and compile everything anew each time.
+    """
     before = os.environ.get("PATH", "")
-    os.environ["PATH"] = f"{before}{os.pathsep}{Path(sys.executable).parent}"
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{before}"
     try:
         yield
     finally:

@@ -16,6 +16,6 @@ def start() -> None:
     builder.load()
     if builder.missing_tools():
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    else:
+    with builder.tools_on_path():
         builder.build_deepspeed_ops()
-    deepspeed.init_distributed()
+        deepspeed.init_distributed()
