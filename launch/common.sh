@@ -1,16 +1,20 @@
-# Sourced by the other scripts: the virtual environment, the device, the threads. Nothing here is run by itself.
+# Sourced by the other scripts: the virtual environment, the device, the ranks. Nothing here is run by itself.
 #   VENV=DIR      use (or make) this virtual environment instead of .venv
 #   PYTHON=PATH   the Python that makes it (3.11 to 3.13)
 #   DEVICE=cpu    leave GPUs alone
+#   RANKS=N       ranks on this node; CUDA_VISIBLE_DEVICES is kept to
 set -euo pipefail
+CALLER=$PWD
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+VENV=$(realpath -ms "${VENV:-$ROOT/.venv}") # before any cd: a relative path is the caller's
+case ${PYTHON:-} in */*) PYTHON=$(realpath -ms "$PYTHON") ;; esac
 cd "$ROOT"
-VENV=${VENV:-$ROOT/.venv}
 stop() { echo "sltrain-ds: error: $*" >&2; exit 2; }
 
 find_python() {
-  local name
-  for name in ${PYTHON:-python3 python3.12 python3.11 python3.13 python}; do
+  local name candidates=(python3 python3.12 python3.11 python3.13 python)
+  [ -n "${PYTHON:-}" ] && candidates=("$PYTHON")
+  for name in "${candidates[@]}"; do
     if command -v "$name" >/dev/null && "$name" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))'; then
       command -v "$name"
       return
@@ -22,14 +26,15 @@ find_python() {
 # Makes $VENV where it is missing and installs the project into it; a no-op once that is done.
 install() {
   local stamp=$VENV/.sltrain_ds-installed wanted constraints=constraints.txt
-  wanted=$(cat "$ROOT/setup.py" "$ROOT/constraints.txt" | cksum)
-  if [ ! -x "$VENV/bin/python" ]; then
+  wanted="$ROOT $(cat setup.py constraints.txt | cksum)"
+  if ! "$VENV/bin/python" -m pip --version >/dev/null 2>&1; then # none yet, or one whose making was cut short
     local python own=()
     python=$(find_python)
     # a cluster's own torch, built for its drivers, is better than any we could install
     if "$python" -c 'import torch' 2>/dev/null; then own=(--system-site-packages); fi
     echo "making $VENV with $("$python" --version)"
-    "$python" -m venv "${own[@]}" "$VENV" || stop "'$python -m venv $VENV' failed; install Python's venv module or set VENV="
+    "$python" -m venv "${own[@]}" "$VENV" ||
+      stop "'$python -m venv $VENV' failed; install Python's venv module or set VENV="
   fi
   export PATH=$VENV/bin:$PATH # the deepspeed launcher starts the first python it finds
   [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] && return
@@ -44,19 +49,24 @@ install() {
   echo "$wanted" >"$stamp"
 }
 
-# Sets RANKS (how many ranks this node runs by default) and prepares CPU runs.
+# Chooses GPUs or CPU. choose_device MOST: at most so many ranks, where neither RANKS nor CUDA_VISIBLE_DEVICES says.
+# Sets RANKS, and LAUNCHER with the deepspeed command for them.
 choose_device() {
-  local gpus
+  local most=$1 gpus
   gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
   if [ "${DEVICE:-}" = cpu ] || [ "$gpus" = 0 ]; then
     export DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES=
     RANKS=${RANKS:-2}
-    # large blocks stay in the heap: a training step frees and takes the same ones again
-    export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-1073741824} MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-4294967296}
-    export MALLOC_TOP_PAD_=${MALLOC_TOP_PAD_:-67108864}
+    LAUNCHER=(deepspeed --log_level error --num_gpus "$RANKS")
     return
   fi
   "$VENV/bin/python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null ||
     stop "the driver shows $gpus GPU(s) but torch cannot use them; install a CUDA build of torch into $VENV, or set DEVICE=cpu"
-  RANKS=${RANKS:-$((gpus < 2 ? gpus : 2))}
+  if [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then # the launcher drops it where --num_gpus is given
+    RANKS=$(awk -F, '{print NF}' <<<"$CUDA_VISIBLE_DEVICES")
+    LAUNCHER=(deepspeed --log_level error --include "localhost:$CUDA_VISIBLE_DEVICES")
+  else
+    RANKS=${RANKS:-$((gpus < most ? gpus : most))}
+    LAUNCHER=(deepspeed --log_level error --num_gpus "$RANKS")
+  fi
 }

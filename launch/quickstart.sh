@@ -1,10 +1,16 @@
 #!/usr/bin/env bash
 # From a fresh clone to a trained, evaluated, exported LLaMA with SLTrain layers: bash launch/quickstart.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+[ $# = 0 ] || stop "quickstart takes no arguments; for your own settings: bash launch/single_node.sh CONFIG.json --set a.b.c=value"
 install
-choose_device
+choose_device 2
+if [ "${DS_ACCELERATOR:-}" = cpu ]; then
+  # large blocks stay in the heap: a training step frees and takes the same ones again
+  export MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=4294967296 MALLOC_TOP_PAD_=67108864
+fi
 PREPARED=prepared/austen RUN=runs/quickstart CORPUS=sltrain_ds/data/austen.txt.xz
-LOG=$(mktemp) && trap 'rm -f "$LOG"' EXIT
+LOG=$(mktemp) building=
+trap 'rm -f "$LOG"; [ -z "$building" ] || kill "$building" 2>/dev/null || true' EXIT
 
 echo "== compiling the ops, and preparing tokenizer and data from the shipped corpus"
 sltrain-ds doctor --build >"$LOG" 2>&1 &
@@ -13,9 +19,10 @@ building=$!
   sltrain-ds tokenizer train --input $CORPUS --vocab-size 2048 --out $PREPARED/tokenizer
 sltrain-ds data prepare --input $CORPUS --tokenizer $PREPARED/tokenizer --out $PREPARED/data --val-fraction 0.05
 wait $building || { cat "$LOG" >&2; stop "the ops could not be prepared; see the lines above"; }
+building=
 
 echo "== training on $RANKS rank(s)"
-deepspeed --log_level error --num_gpus "$RANKS" --module sltrain_ds.train ds_configs/quickstart.json --overwrite "$@"
+"${LAUNCHER[@]}" --module sltrain_ds.train ds_configs/quickstart.json --overwrite
 
 echo "== exporting, evaluating the exported model, drawing the report"
 sltrain-ds export $RUN/checkpoints $RUN/export

@@ -8,17 +8,16 @@ from deepspeed import comm as dist
 
 from sltrain_ds.errors import UserError
 from sltrain_ds.files import write_json, write_text
+from sltrain_ds.zero.checkpoint_reader import STATE_FILE, find_checkpoint
 from sltrain_ds.zero.safe_load import safe_checkpoint_engine
 from sltrain_ds.zero.support_check import supports
-
-STATE = "sltrain.json"
 
 
 def save(engine, run, step: int, tokens: int) -> Path:
     """Write checkpoints/step_XXXXXXXX on all ranks, then drop the oldest beyond `checkpoint.keep`."""
     folder, tag = run.checkpoint_dir, f"step_{step:08d}"
     if dist.get_rank() == 0:
-        (folder / tag / STATE).unlink(missing_ok=True)
+        (folder / tag / STATE_FILE).unlink(missing_ok=True)
     dist.barrier()
     engine.save_checkpoint(str(folder), tag=tag, client_state={"step": step, "tokens": tokens}, save_latest=False)
     held = supports(engine.module)
@@ -33,7 +32,7 @@ def save(engine, run, step: int, tokens: int) -> Path:
             "world_size": dist.get_world_size(),
             "supports": held,
         }
-        write_json(folder / tag / STATE, state)
+        write_json(folder / tag / STATE_FILE, state)
         write_text(folder / "latest", tag)
         for old in complete(folder)[: -run.sltrain.checkpoint.keep]:
             shutil.rmtree(old)
@@ -43,28 +42,59 @@ def save(engine, run, step: int, tokens: int) -> Path:
 
 def complete(folder: Path) -> list[Path]:
     """The complete checkpoints of a folder, oldest first; those a crash cut short are not among them."""
-    return sorted(path.parent for path in folder.glob(f"step_*/{STATE}"))
+    return sorted(path.parent for path in folder.glob(f"step_*/{STATE_FILE}"))
 
 
 def find(which: str, run) -> Path:
-    """The checkpoint that `--resume latest` or `--resume PATH` names; `UserError` where there is none."""
-    if which == "latest":
-        found = complete(run.checkpoint_dir)
-        if not found:
-            raise UserError(f"--resume latest: no complete checkpoint in {run.checkpoint_dir}; start without --resume")
-        return found[-1]
-    path = Path(which)
-    if not (path / STATE).is_file():
-        found = complete(path)
-        if not found:
-            raise UserError(f"--resume {which}: no complete checkpoint there (a folder step_* with {STATE} in it)")
-        return found[-1]
-    return path
+    """The checkpoint that `--resume latest` or `--resume PATH` means; `UserError` where there is none."""
+    if which != "latest":
+        return find_checkpoint(which).resolve()
+    found = complete(run.checkpoint_dir)
+    if not found:
+        raise UserError(f"--resume latest: no complete checkpoint in {run.checkpoint_dir}; start without --resume")
+    return found[-1].resolve()
 
 
 def resume(engine, run, path: Path) -> tuple[int, int]:
-    """Load weights, optimizer and schedule from `path`; returns (step, tokens) done. Raises `UserError`."""
+    """Load weights, optimizer and schedule from `path`; returns (step, tokens) done. Raises `UserError`.
+
+    Rates, betas, eps and weight decay are the config's, not the checkpoint's: a resumed run may change them.
+    """
     state = read_state(path)
+    _check_it_fits(state, run, path)
+    held = supports(engine.module)
+    for name, info in state["supports"].items():
+        if held.get(name) != info:
+            raise UserError(f"{path}: this version draws another support for {name} ({info}, now {held.get(name)})")
+    chosen = [dict(group) for group in engine.optimizer.param_groups]
+    with safe_checkpoint_engine(engine):
+        loaded, _ = engine.load_checkpoint(str(path.parent), tag=path.name)
+    if loaded is None:
+        raise UserError(f"{path}: DeepSpeed found no checkpoint files there; choose another checkpoint")
+    for group, own in zip(engine.optimizer.param_groups, chosen, strict=True):
+        group.update({key: own[key] for key in ("lr", "betas", "eps", "weight_decay")})
+    if engine.lr_scheduler is not None:
+        engine.lr_scheduler.step(engine.lr_scheduler.last_batch_iteration)  # the config's rate at this step
+    return state["step"], state["tokens"]
+
+
+def read_state(path: Path) -> dict:
+    """sltrain.json of a checkpoint. Raises `UserError` naming the file where it is damaged."""
+    try:
+        state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+        for key in ("step", "tokens", "zero_stage", "world_size", "supports"):
+            state[key]
+        state["config"]["sltrain"], state["config"]["train_batch_size"], state["config"]["optimizer"]["type"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path / STATE_FILE}: damaged, or not a checkpoint's ({error!r}); choose another") from None
+    return state
+
+
+# what of a block may change from one start to the next; "dir", since data may move
+FREE = {"model": ("activation_checkpointing",), "method": ("lr_scale",), "precision": (), "data": ("dir",), "seed": ()}
+
+
+def _check_it_fits(state: dict, run, path: Path) -> None:
     if state["world_size"] != run.world_size:
         raise UserError(
             f"{path}: written by {state['world_size']} ranks, this run has {run.world_size}; ZeRO shards its optimizer "
@@ -75,32 +105,14 @@ def resume(engine, run, path: Path) -> tuple[int, int]:
             f"zero_optimization.stage: {run.zero_stage}, but {path} was written by stage {state['zero_stage']}; "
             f"set it to {state['zero_stage']}"
         )
-    for key in ("model", "method", "precision"):
-        before, now = state["config"]["sltrain"].get(key), run.to_json()["sltrain"].get(key)
-        if _without_lr(before) != _without_lr(now):
-            raise UserError(f"sltrain.{key}: differs from the one {path} was trained with ({before}); set it back")
-    held = supports(engine.module)
-    for name, info in state["supports"].items():
-        if held.get(name) != info:
-            raise UserError(
-                f"{path}: the support of {name} is not the one this version draws ({info}, {held.get(name)})"
-            )
-    with safe_checkpoint_engine(engine):
-        loaded, _ = engine.load_checkpoint(str(path.parent), tag=path.name)
-    if loaded is None:
-        raise UserError(f"{path}: DeepSpeed found no checkpoint files there; choose another checkpoint")
-    return state["step"], state["tokens"]
+    before, now = state["config"], run.to_json()
+    pairs = {f"sltrain.{key}": [_fixed(c["sltrain"].get(key), FREE[key]) for c in (before, now)] for key in FREE}
+    pairs["train_batch_size"] = [c["train_batch_size"] for c in (before, now)]  # the order of the data depends on it
+    pairs["optimizer.type"] = [c["optimizer"]["type"] for c in (before, now)]
+    for key, (trained, asked) in pairs.items():
+        if trained != asked:
+            raise UserError(f"{key}: {path} was trained with {trained}, this config says {asked}; set it back")
 
 
-def read_state(path: Path) -> dict:
-    try:
-        state = json.loads((path / STATE).read_text(encoding="utf-8"))
-        state["step"], state["tokens"], state["config"]["sltrain"], state["supports"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path / STATE}: damaged or not a checkpoint's state ({error!r}); choose another") from None
-    return state
-
-
-def _without_lr(block):
-    # a resumed run may change its rates, never its shapes
-    return {k: v for k, v in block.items() if k not in ("lr_scale", "activation_checkpointing")} if block else block
+def _fixed(value, free):
+    return {k: v for k, v in value.items() if k not in free} if isinstance(value, dict) else value

@@ -30,6 +30,11 @@ def is_converted(path: str | Path) -> bool:
     return (Path(path) / METHOD_FILE).is_file()
 
 
+def converted_method(path: str | Path) -> dict:
+    """The `sltrain.method` block that the directory was converted with. Raises `UserError` if it is damaged."""
+    return _method_file(Path(path))[0]
+
+
 def save_converted(model: PreTrainedModel, path: str | Path, method: dict, tokenizer: Path | None = None) -> None:
     """Write a converted model to the new directory `path`; `method` is its `sltrain.method` block.
 

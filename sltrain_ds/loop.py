@@ -39,11 +39,10 @@ def train(engine, run, source, validation, start_step: int = 0, start_tokens: in
         evaluation(0)
     for step in range(start_step, block.steps):
         began = time.perf_counter()
+        torch.manual_seed(hash((block.seed, step, rank)))  # dropout, if any: the same after a resume
         lr = max(group["lr"] for group in engine.optimizer.param_groups)
         batches = [with_labels(source.micro_batch(step, i, rank, world)) for i in range(run.accumulation)]
-        counts = _summed(sum(predicted_tokens(batch) for batch in batches), engine)
-        loss = _step(engine, batches, counts / (run.accumulation * world), grad_norm)
-        loss = _summed(loss, engine) / (run.accumulation * world)
+        loss = optimizer_step(engine, batches, grad_norm)
         tokens += run.tokens_per_step
         norm = grad_norm.value()
         seconds = time.perf_counter() - began
@@ -65,21 +64,27 @@ def train(engine, run, source, validation, start_step: int = 0, start_tokens: in
     progress.close()
 
 
-def _step(engine, batches, tokens_a_micro_batch: float, grad_norm: GradNorm) -> float:
-    """One optimizer step; returns this rank's summed losses, each over the mean token count of a micro-batch."""
+def optimizer_step(engine, batches, grad_norm: GradNorm) -> float:
+    """One optimizer step over this rank's micro-batches; returns the mean loss of the global batch's predicted tokens.
+
+    Every token weighs the same, however many each micro-batch predicts (masked documents leave some out): each loss is
+    a sum over the mean count of a micro-batch, which DeepSpeed then averages over micro-batches and ranks.
+    """
+    parts = len(batches) * engine.dp_world_size
+    mean_count = _summed(sum(predicted_tokens(batch) for batch in batches), engine) / parts
     total = 0.0
     for batch in batches:
         moved = {key: value.to(engine.device, non_blocking=True) for key, value in batch.items()}
-        loss = engine(**moved, num_items_in_batch=tokens_a_micro_batch).loss
+        loss = engine(**moved, num_items_in_batch=mean_count).loss
         engine.backward(loss)
         grad_norm.before_step()
         engine.step()
         total += loss.detach().double()
-    return float(total)
+    return _summed(float(total), engine) / parts
 
 
 def _due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
+    return step % every == 0
 
 
 def _summed(value: float, engine) -> float:

@@ -106,14 +106,10 @@ def _load(path: Path, run, dtype):
             f"sltrain.model.path: {path} is not a directory; give a Hugging Face or converted model directory"
         )
     if is_converted(path):
-        model = load_converted(path).to(dtype)
-        held = {type(m) for m in model.modules() if isinstance(m, MethodLinear)}
-        expected = methods.get(run.sltrain.method.name).layer
-        if expected not in held:
-            raise UserError(
-                f"sltrain.method.name: {run.sltrain.method.name} does not fit {path}, which holds "
-                f"{', '.join(sorted(t.__name__ for t in held))}; set the method the directory was converted with"
-            )
+        _check_method(path, run.sltrain.method)
+        model = load_converted(path)
+        for parameter in model.parameters():  # not .to(dtype), which would round the rotary frequencies too
+            parameter.data = parameter.data.to(dtype)
         return model
     if methods.get(run.sltrain.method.name).layer is not None:
         raise UserError(
@@ -121,6 +117,17 @@ def _load(path: Path, run, dtype):
             'use "method": {"name": "full_rank"}, or a directory that holds converted layers'
         )
     return AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+
+
+def _check_method(path: Path, block) -> None:
+    """A converted directory keeps the layers it was converted with: the config must name the same."""
+    from sltrain_ds.converted import converted_method
+
+    held = converted_method(path)
+    for key in ("name", "rank", "density", "alpha", "support_seed"):
+        asked = getattr(block, key, None)
+        if key in held and held[key] != asked:
+            raise UserError(f"sltrain.method.{key}: {asked} does not fit {path}, converted with {held[key]}; set that")
 
 
 def _fit_for_training(model, run) -> None:

@@ -21,12 +21,18 @@ def main(argv=None) -> int:
             time.sleep(3)  # what every rank sees is rank 0's to say; the launcher ends the others meanwhile
         print(f"sltrain-ds: error: {error}", file=sys.stderr, flush=True)
         return 2
+    except OSError as error:  # a full disk, a directory that cannot be written
+        print(f"sltrain-ds: error: rank {rank}: {error.filename}: {error.strerror}", file=sys.stderr, flush=True)
+        return 2
 
 
 def _train(args) -> int:
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     run = load(args.config, overrides=args.set, world_size=world_size, check_files=True)
     _check_run_dir(run, args)
+
+    if run.sltrain.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
 
     # imported here, so that a bad config is told before torch and DeepSpeed have loaded
     import torch
@@ -61,6 +67,8 @@ def _train(args) -> int:
     if rank == 0:
         write_json(run.run_dir / "config.json", run.to_json())
         print(_describe(run, model, source.data), flush=True)
+        if done[0] >= run.sltrain.steps:
+            print(f"nothing to do: {found} is at step {done[0]} of sltrain.steps {run.sltrain.steps}", flush=True)
     try:
         loop.train(engine, run, source, validation, *done)
     except loop.NonFiniteLoss as error:
@@ -81,7 +89,7 @@ def _device(world_size: int) -> str:
     if accelerator.device_name() != "cpu":
         accelerator.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     elif "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("LOCAL_SIZE", world_size))))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_SIZE", world_size))))
     return accelerator.current_device_name()
 
 
@@ -99,27 +107,40 @@ def _parse(argv):
     parser.add_argument("config", help="the JSON of the run, see ds_configs/")
     parser.add_argument("--set", action="append", default=[], metavar="a.b.c=value", help="override a key of the JSON")
     parser.add_argument("--resume", metavar="latest|PATH", help="go on from a checkpoint")
-    parser.add_argument("--overwrite", action="store_true", help="start anew in a run directory that holds a run")
+    parser.add_argument("--overwrite", action="store_true", help="delete what an earlier run left in the way")
     parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher")
     return parser.parse_args(argv)
 
 
 def _check_run_dir(run, args) -> None:
-    if args.resume:
+    """Nothing of an earlier run is overwritten or left to mix with this one, unless asked for with --overwrite."""
+    if int(os.environ.get("RANK", 0)):
         return
-    if (run.run_dir / "metrics.jsonl").exists() and int(os.environ.get("RANK", 0)) == 0:
-        if not args.overwrite:
-            raise UserError(
-                f"sltrain.run_dir: {run.run_dir} holds a run already; add --resume latest to go on with it, "
-                "--overwrite to start anew, or --set sltrain.run_dir=DIR"
-            )
-        # only what a run writes there: the directory is the user's own
-        for name in ("metrics.jsonl", "config.json", "baselines.json"):
-            (run.run_dir / name).unlink(missing_ok=True)
+    keep = 0
+    if args.resume:
+        from sltrain_ds import checkpoint
+
+        keep = checkpoint.read_state(checkpoint.find(args.resume, run))["step"]
+    later = [path for path in run.checkpoint_dir.glob("step_*") if int(path.name.removeprefix("step_")) > keep]
+    started = [path for name in ("metrics.jsonl", "config.json") if (path := run.run_dir / name).exists()]
+    if args.resume and later and not args.overwrite:
+        raise UserError(
+            f"--resume: {run.checkpoint_dir} holds checkpoints after step {keep} (up to {max(later).name}); "
+            "resume from the latest, or add --overwrite to delete them"
+        )
+    if not args.resume and (later or started) and not args.overwrite:
+        raise UserError(
+            f"sltrain.run_dir: {run.run_dir} holds a run already; add --resume latest to go on with it, "
+            "--overwrite to start anew, or --set sltrain.run_dir=DIR"
+        )
+    # only what a run writes: the directory is the user's own; checkpoints first, so that a stop here is seen again
+    for path in later:
+        shutil.rmtree(path)
+    if not args.resume:
         for name in ("export", "report"):
             shutil.rmtree(run.run_dir / name, ignore_errors=True)
-        for old in run.checkpoint_dir.glob("step_*"):
-            shutil.rmtree(old)
+        for name in ("baselines.json", "metrics.jsonl", "config.json"):
+            (run.run_dir / name).unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

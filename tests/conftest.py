@@ -40,7 +40,8 @@ def tiny(tmp_path_factory) -> dict[str, Path]:
         "--out",
         str(places["data"]),
     ]
-    assert not main([*prepare, "--val-fraction", "0.1"])
+    # paragraphs: documents short enough that many borders fall inside a sequence
+    assert not main([*prepare, "--val-fraction", "0.1", "--documents", "paragraphs"])
     return places
 
 

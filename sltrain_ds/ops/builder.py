@@ -62,13 +62,19 @@ def build_deepspeed_ops(verbose: bool = False) -> str | None:
     """
     from deepspeed.accelerator import get_accelerator
 
-    clear_dead_locks()
     if get_accelerator().device_name() != "cpu" or missing_tools():
         return None
     op = get_accelerator().create_op_builder("ShareMemCommBuilder")
     if not op.is_compatible():
         return None
-    with tools_on_path():
+    from torch.utils import cpp_extension
+
+    from sltrain_ds.ops import build_lock
+
+    directory = Path(cpp_extension._get_build_directory(op.name, False))
+    # one of ours at a time: else each might take the other's lock for a dead build's
+    with build_lock.exclusive(directory), tools_on_path():
+        build_lock.remove_dead(directory)
         op.load(verbose)
     return op.name
 

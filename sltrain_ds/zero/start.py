@@ -1,5 +1,8 @@
 """Joins the ranks; what has to be compiled is compiled before they meet."""
 
+import os
+import socket
+
 import deepspeed
 
 from sltrain_ds.ops import builder
@@ -13,9 +16,21 @@ def start() -> None:
     """
     if deepspeed.comm.is_initialized():
         return
+    if "RANK" not in os.environ and "OMPI_COMM_WORLD_RANK" not in os.environ:
+        _alone()
     builder.load()
     if builder.missing_tools():
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     with builder.tools_on_path():
         builder.build_deepspeed_ops()
         deepspeed.init_distributed()
+
+
+def _alone() -> None:
+    """No launcher started this process: it is the one rank of a world of its own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for key, value in alone.items():
+        os.environ.setdefault(key, str(value))

@@ -10,14 +10,15 @@ import sys
 from pathlib import Path
 
 import deepspeed
-import torch
 
 from sltrain_ds import checkpoint, models
 from sltrain_ds.config import from_dict
 from sltrain_ds.data.dataset import BatchSource
 from sltrain_ds.evaluate import with_labels
 from sltrain_ds.logs import quiet
+from sltrain_ds.loop import optimizer_step
 from sltrain_ds.loss import use_chunked_loss
+from sltrain_ds.zero.grad_norm import GradNorm
 from sltrain_ds.zero.initialize import initialize, partitioner
 from sltrain_ds.zero.start import start
 
@@ -29,17 +30,14 @@ def losses(run, save_at=None, resume_from=None) -> list[float]:
     if run.sltrain.loss == "chunked":
         use_chunked_loss(model)
     engine, *_ = initialize(model=model, config=run)
-    start = checkpoint.resume(engine, run, resume_from)[0] if resume_from else 0
-    found = []
-    for step in range(start, run.sltrain.steps):
-        total = torch.zeros((), dtype=torch.float64)
-        for micro in range(run.accumulation):
-            loss = engine(**with_labels(source.micro_batch(step, micro, engine.global_rank, world))).loss
-            engine.backward(loss)
-            engine.step()
-            total += loss.detach().double()
-        torch.distributed.all_reduce(total)
-        found.append(float(total) / (run.accumulation * world))
+    first = checkpoint.resume(engine, run, resume_from)[0] if resume_from else 0
+    found, grad_norm = [], GradNorm(engine)
+    for step in range(first, run.sltrain.steps):
+        batches = [
+            with_labels(source.micro_batch(step, micro, engine.global_rank, world)) for micro in range(run.accumulation)
+        ]
+        found.append(optimizer_step(engine, batches, grad_norm))
+        assert grad_norm.value() > 0
         if step + 1 == save_at:
             checkpoint.save(engine, run, step + 1, 0)
     engine.destroy()

@@ -12,6 +12,7 @@ from torch import nn
 from sltrain_ds import models
 from sltrain_ds.config import from_dict
 from sltrain_ds.data.dataset import BatchSource
+from sltrain_ds.evaluate import with_labels
 from sltrain_ds.methods import SLTrainLinear
 from sltrain_ds.optim import build_optimizer
 
@@ -39,16 +40,16 @@ class NaiveSLTrain(nn.Module):
 
 def naive_losses(config) -> list[float]:
     run = from_dict(config, world_size=1)
+    masked = run.sltrain.data.mask_documents
     model = models.build(run)
     optimizer = build_optimizer(model, run)
     for name, layer in list(model.named_modules()):
         if isinstance(layer, SLTrainLinear):
             model.set_submodule(name, NaiveSLTrain(layer))
     scheduler = WarmupCosineLR(optimizer, **run.deepspeed["scheduler"]["params"])
-    source, found = BatchSource.from_parts(BatchSource(run).data, run.sltrain.seed, 8, 8), []
+    source, found = BatchSource.from_parts(BatchSource(run).data, run.sltrain.seed, 8, 8, masked), []
     for step in range(STEPS):
-        batch = source.micro_batch(step, 0, 0, 1)
-        loss = model(**batch, labels=batch["input_ids"]).loss
+        loss = model(**with_labels(source.micro_batch(step, 0, 0, 1))).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), run.gradient_clipping)
         optimizer.step()
@@ -63,19 +64,23 @@ def relative(a, b) -> float:
 
 
 def test_every_stage_and_world_gives_the_losses_of_the_naive_formula(tiny_config, tmp_path):
-    config = tiny_config(sltrain__steps=STEPS)
+    stages = {f"z{stage}": {"zero_optimization__stage": stage} for stage in STAGES}
+    # micro-batches that predict unequal numbers of tokens: every token must still weigh the same
+    masked = {"sltrain__data__mask_documents": True, "train_micro_batch_size_per_gpu": 1}
+    variants = stages | {"masked": masked, "masked-chunked": masked | {"sltrain__loss": "chunked"}}
+    configs = {name: tiny_config(sltrain__steps=STEPS, **settings) for name, settings in variants.items()}
     path = tmp_path / "configs.json"
-    path.write_text(
-        json.dumps({stage: tiny_config(sltrain__steps=STEPS, zero_optimization__stage=stage) for stage in STAGES})
-    )
-    expected = naive_losses(config)
-    assert expected[-1] < expected[0] - 0.3, "the model must learn, or equal losses say little"
+    path.write_text(json.dumps(configs))
+    whole, parts = naive_losses(configs["z2"]), naive_losses(configs["masked"])
+    assert whole[-1] < whole[0] - 0.3, "the model must learn, or equal losses say little"
+    assert relative(parts, whole) > 1e-3, "documents must have borders inside sequences"
     for world in (1, 2, 4):
         out = tmp_path / f"world{world}.json"
         process = launch(world, WORKER, path, out, cwd=tmp_path)
         assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-3000:]
-        for stage, losses in json.loads(out.read_text()).items():
-            assert relative(losses, expected) < 1e-5, (world, stage, losses, expected)
+        for name, losses in json.loads(out.read_text()).items():
+            expected = parts if name.startswith("masked") else whole
+            assert relative(losses, expected) < 1e-5, (world, name, losses, expected)
 
 
 def test_a_wrong_learning_rate_is_seen(tiny_config):

@@ -38,6 +38,9 @@ def test_resume_continues_and_the_export_gives_the_same_loss(train, tiny, tmp_pa
     check(process)
     assert losses(resumed) == losses(straight)
     assert evaluations(resumed) == evaluations(straight)
+    back = ["--resume", str(run / "checkpoints" / "step_00000003")]
+    process, _ = train(world, *back, **settings)
+    assert process.returncode == 2 and "step_00000006" in process.stderr and "--overwrite" in process.stderr
     assert losses(resumed)[6] < losses(resumed)[1]
 
     assert main(["export", str(run), str(tmp_path / "export")]) == 0
@@ -47,6 +50,14 @@ def test_resume_continues_and_the_export_gives_the_same_loss(train, tiny, tmp_pa
     exported = json.loads(capsys.readouterr().out)
     assert exported["loss"] == pytest.approx(evaluations(resumed)[6], rel=2e-3)  # W is merged and rounded to bf16 once
     assert json.loads((run / "config.json").read_text())["sltrain"]["steps"] == 6
+
+
+def test_a_resumed_run_takes_the_rates_of_its_config(train):
+    process, _ = train(1, sltrain__steps=2, scheduler=None)
+    check(process)
+    process, lines = train(1, "--resume", "latest", sltrain__steps=3, scheduler=None, optimizer__params__lr=0.0001)
+    check(process)
+    assert [line["lr"] for line in lines if "lr" in line] == [0.003, 0.003, 0.0001]
 
 
 def test_four_ranks_train_on_the_same_global_batches_as_one(train, tmp_path):
@@ -86,12 +97,15 @@ def test_a_run_directory_is_not_overwritten_unasked(train, tmp_path):
     assert (run / "metrics.jsonl").read_text() == '{"step": 1, "loss": 3.0}\n'
 
 
-def test_resume_on_another_world_size_is_refused(train, tmp_path):
+def test_resume_that_does_not_fit_is_refused(train, tmp_path):
     process, _ = train(1, sltrain__steps=1)
     check(process)
     process, _ = train(2, "--resume", "latest")
     assert process.returncode == 2
     assert "--num_gpus 1" in process.stderr
+    process, _ = train(1, "--resume", "latest", sltrain__seed=7)
+    assert process.returncode == 2
+    assert "sltrain.seed" in process.stderr and "set it back" in process.stderr
     checkpoint = next((tmp_path / "run" / "checkpoints").glob("step_*"))
     for file in Path(checkpoint).glob("*model_states.pt"):
         torch.save({"module": print}, file)

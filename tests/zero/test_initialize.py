@@ -142,3 +142,8 @@ def test_a_converted_directory_goes_on_as_it_was(tiny_config, tmp_path):
         models.build(
             from_dict(tiny_config(sltrain__model=model, sltrain__method={"name": "low_rank", "rank": 8, "alpha": 8}))
         )
+    with pytest.raises(UserError, match=r"sltrain\.method\.alpha: 99"):
+        models.build(from_dict(tiny_config(sltrain__model=model, sltrain__method__alpha=99)))
+    bf16 = models.build(from_dict(tiny_config(sltrain__model=model, bf16={"enabled": True})))
+    assert bf16.lm_head.weight.dtype == torch.bfloat16
+    assert bf16.model.rotary_emb.inv_freq.dtype == torch.float32
