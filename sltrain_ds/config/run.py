@@ -62,9 +62,15 @@ class RunConfig:
         return self.train_batch_size * self.sequence_length
 
     def to_json(self) -> dict[str, Any]:
-        """The resolved config in the file's own form; accumulation is left out, since every start derives it anew."""
+        """The resolved config in the file's own form.
+
+        Accumulation is left out, since every start derives it anew; checkpoints in the run directory stay "auto", so
+        that they move with a run_dir set later.
+        """
         data = copy.deepcopy(self.deepspeed)
         data.pop("gradient_accumulation_steps", None)
         block = self.sltrain.model_dump()
         block["model"] = {key: value for key, value in block["model"].items() if value is not None}
+        if self.checkpoint_dir == self.run_dir / "checkpoints":
+            block["checkpoint"]["dir"] = "auto"
         return {**data, "sltrain": block}

@@ -67,7 +67,7 @@ def _configured_checkpoints(run_dir: Path) -> Path | None:
         folder = Path(json.loads((run_dir / "config.json").read_text(encoding="utf-8"))["sltrain"]["checkpoint"]["dir"])
     except (OSError, ValueError, KeyError, TypeError):
         return None  # a model directory, or a config without the key
-    return None if folder.resolve() == (run_dir / "checkpoints").resolve() else folder
+    return None if str(folder) == "auto" or folder.resolve() == (run_dir / "checkpoints").resolve() else folder
 
 
 def _checkpoint(folder: Path) -> Weights:

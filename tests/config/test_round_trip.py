@@ -27,6 +27,21 @@ def test_another_number_of_gpus(good):
     assert again.to_json() == first.to_json()
 
 
+def test_checkpoints_follow_a_run_dir_set_later(good, tmp_path):
+    """A rerun of a saved config.json elsewhere must not write into the first run's checkpoints."""
+    path = tmp_path / "config.json"
+    good["sltrain"]["run_dir"] = "first"
+    for given in ({}, {"dir": "first/checkpoints"}):
+        good["sltrain"]["checkpoint"] = given
+        path.write_text(json.dumps(from_dict(good).to_json()))
+        assert str(load(path, check_files=False).checkpoint_dir) == "first/checkpoints"
+        run = load(path, ["sltrain.run_dir=second"], check_files=False)
+        assert str(run.checkpoint_dir) == "second/checkpoints"
+    good["sltrain"]["checkpoint"] = {"dir": "elsewhere"}
+    path.write_text(json.dumps(from_dict(good).to_json()))
+    assert str(load(path, ["sltrain.run_dir=second"], check_files=False).checkpoint_dir) == "elsewhere"
+
+
 def test_accumulation_given_becomes_a_global_batch(good):
     del good["train_batch_size"]
     good["gradient_accumulation_steps"] = 4

@@ -84,6 +84,15 @@ def test_checkpoints_elsewhere(tmp_path):
     assert weights.source == folder / "step_00000060" and notes == []
 
 
+def test_auto_is_no_directory(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path, model())
+    (tmp_path / "checkpoints").rename(tmp_path / "auto")
+    (tmp_path / "run").mkdir()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run" / "config.json").write_text(json.dumps({"sltrain": {"checkpoint": {"dir": "auto"}}}))
+    assert open_weights(tmp_path / "run") == (None, [])
+
+
 def test_a_damaged_checkpoint_is_told_and_the_export_taken(tmp_path):
     save_checkpoint(tmp_path, model())
     next((tmp_path / "checkpoints").glob("step_*/sltrain.json")).write_text("{")
