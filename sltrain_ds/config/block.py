@@ -6,8 +6,13 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import PydanticCustomError
 
 from .presets import PRESETS
+from .tree import INT64, SIZE_LIMIT, STEP_LIMIT
 
-_SEED_LIMIT = 2**63 - 1
+# transformers.activations' names for what has no parameters of its own
+Activation = Literal[
+    "silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "quick_gelu", "relu", "relu2", "leaky_relu",
+    "mish", "tanh",
+]  # fmt: skip
 
 
 class Block(BaseModel):
@@ -19,15 +24,17 @@ class Block(BaseModel):
 class LlamaFields(Block):
     """`transformers.LlamaConfig` fields of a model built from scratch."""
 
-    vocab_size: int = Field(ge=2, description="entries of the vocabulary; the tokenizer's")
-    hidden_size: int = Field(ge=1, description="width of the residual stream")
-    intermediate_size: int = Field(ge=1, description="width of the MLP")
-    num_hidden_layers: int = Field(ge=1, description="transformer blocks")
-    num_attention_heads: int = Field(ge=1, description="attention heads")
-    num_key_value_heads: int | None = Field(None, ge=1, description="key and value heads; null: as many as heads")
-    head_dim: int | None = Field(None, ge=2, description="width of a head; null: hidden_size / heads")
-    hidden_act: str = Field("silu", description="activation of the MLP")
-    max_position_embeddings: int = Field(2048, ge=1, description="longest sequence, in tokens")
+    vocab_size: int = Field(ge=2, le=SIZE_LIMIT, description="entries of the vocabulary; the tokenizer's")
+    hidden_size: int = Field(ge=1, le=SIZE_LIMIT, description="width of the residual stream")
+    intermediate_size: int = Field(ge=1, le=SIZE_LIMIT, description="width of the MLP")
+    num_hidden_layers: int = Field(ge=1, le=SIZE_LIMIT, description="transformer blocks")
+    num_attention_heads: int = Field(ge=1, le=SIZE_LIMIT, description="attention heads")
+    num_key_value_heads: int | None = Field(
+        None, ge=1, le=SIZE_LIMIT, description="key and value heads; null: as many as heads"
+    )
+    head_dim: int | None = Field(None, ge=2, le=SIZE_LIMIT, description="width of a head; null: hidden_size / heads")
+    hidden_act: Activation = Field("silu", description="activation of the MLP")
+    max_position_embeddings: int = Field(2048, ge=1, le=SIZE_LIMIT, description="longest sequence, in tokens")
     initializer_range: float = Field(0.02, gt=0, description="standard deviation of dense weights at the start")
     rms_norm_eps: float = Field(1e-6, gt=0, description="epsilon of RMSNorm")
     tie_word_embeddings: bool = Field(False, description="the head shares the embedding's weight")
@@ -35,10 +42,10 @@ class LlamaFields(Block):
     attention_bias: bool = Field(False, description="biases in the attention projections")
     attention_dropout: float = Field(0.0, ge=0, lt=1, description="dropout of attention weights")
     mlp_bias: bool = Field(False, description="biases in the MLP")
-    pretraining_tp: int = Field(1, ge=1, description="unused by transformers 5, kept for older files")
-    bos_token_id: int | None = Field(1, ge=0, description="token that begins a text")
-    eos_token_id: int | None = Field(2, ge=0, description="token that ends a document")
-    pad_token_id: int | None = Field(None, ge=0, description="padding token")
+    pretraining_tp: int = Field(1, ge=1, le=SIZE_LIMIT, description="unused by transformers 5, kept for older files")
+    bos_token_id: int | None = Field(1, ge=0, le=SIZE_LIMIT, description="token that begins a text")
+    eos_token_id: int | None = Field(2, ge=0, le=SIZE_LIMIT, description="token that ends a document")
+    pad_token_id: int | None = Field(None, ge=0, le=SIZE_LIMIT, description="padding token")
     use_cache: bool = Field(False, description="key-value cache; off in training")
 
 
@@ -70,7 +77,9 @@ class Model(Block):
 
 
 Scale = Annotated[float, Field(ge=0)]
-Rank = Annotated[int, Field(ge=1, description="inner dimension of B A; at most min(in, out) of every target")]
+Rank = Annotated[
+    int, Field(ge=1, le=SIZE_LIMIT, description="inner dimension of B A; at most min(in, out) of every target")
+]
 Alpha = Annotated[float, Field(gt=0, description="B A is scaled by alpha / rank")]
 Targets = Annotated[
     list[Annotated[str, Field(min_length=1)]],
@@ -101,7 +110,7 @@ class SLTrain(Block):
     rank: Rank
     density: float = Field(gt=0, le=1, description="fraction of non-zeros in S (the paper's delta)")
     alpha: Alpha
-    support_seed: int = Field(0, ge=0, le=_SEED_LIMIT, description="seed of the supports; the same on every rank")
+    support_seed: int = Field(0, ge=0, le=INT64, description="seed of the supports; the same on every rank")
     target_modules: Targets = Field(_DEFAULT_TARGETS)
     lr_scale: SparseScale = Field(SparseScale(), description="learning-rate multipliers by role")
 
@@ -174,23 +183,25 @@ class Data(Block):
     dir: Annotated[Any, BeforeValidator(_data_dirs), WithJsonSchema(_DIRS_SCHEMA)] = Field(
         description="a prepared directory, or several with their weights in the mixture"
     )
-    sequence_length: int = Field(256, ge=2, description="tokens of a sequence")
+    sequence_length: int = Field(256, ge=2, le=SIZE_LIMIT, description="tokens of a sequence")
     mask_documents: bool = Field(False, description="no attention across document borders")
 
 
 class Eval(Block):
     """Validation during the run."""
 
-    every: int = Field(1000, ge=1, description="steps between two evaluations")
-    tokens: int = Field(10_000_000, ge=1, description="budget of validation tokens, the same at any world size")
+    every: int = Field(1000, ge=1, le=STEP_LIMIT, description="steps between two evaluations")
+    tokens: int = Field(
+        10_000_000, ge=1, le=STEP_LIMIT, description="budget of validation tokens, the same at any world size"
+    )
 
 
 class Checkpoint(Block):
     """Checkpoints of the run."""
 
     dir: str = Field("auto", min_length=1, description="where they go; auto: run_dir/checkpoints")
-    every: int = Field(500, ge=1, description="steps between two checkpoints")
-    keep: int = Field(3, ge=1, description="the newest so many stay")
+    every: int = Field(500, ge=1, le=STEP_LIMIT, description="steps between two checkpoints")
+    keep: int = Field(3, ge=1, le=STEP_LIMIT, description="the newest so many stay")
 
 
 class SLTrainBlock(Block):
@@ -210,8 +221,8 @@ class SLTrainBlock(Block):
     loss: Literal["full", "chunked"] = Field("full", description="logits at once, or chunk by chunk (less memory)")
     tokenizer: str = Field(min_length=1, description="tokenizer directory")
     data: Data = Field(description="prepared data")
-    steps: int = Field(ge=1, description="optimizer steps of the run")
-    seed: int = Field(42, ge=0, le=_SEED_LIMIT, description="seed of weights and data order")
+    steps: int = Field(ge=1, le=STEP_LIMIT, description="optimizer steps of the run")
+    seed: int = Field(42, ge=0, le=INT64, description="seed of weights and data order")
     run_dir: str = Field("auto", min_length=1, description="where the run is written; auto: runs/<name of this file>")
     eval: Eval = Field(Eval(), description="validation during the run")
     checkpoint: Checkpoint = Field(Checkpoint(), description="checkpoints")

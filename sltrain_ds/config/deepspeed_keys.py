@@ -4,7 +4,7 @@ Written down so that checking a file imports neither torch nor DeepSpeed; tests/
 the list with the installed package (runtime/config.py, runtime/zero/config.py, runtime/lr_schedules.py, monitor/...).
 """
 
-from .tree import ANY, BOOL, COUNT, NAMES, SIZE, TEXT, Key
+from .tree import ANY, BOOL, COUNT, NAMES, SIZE, SIZE_LIMIT, STEP_LIMIT, TEXT, Key
 
 VERSION = "0.19.8"
 
@@ -24,7 +24,7 @@ ZERO = {
     "stage": Key("int", choices=(0, 1, 2, 3)),
     "contiguous_gradients": BOOL,
     "reduce_scatter": BOOL,
-    "reduce_bucket_size": Key("int", ge=1, auto=True),
+    "reduce_bucket_size": Key("int", ge=1, le=STEP_LIMIT, auto=True),
     "use_multi_rank_bucket_allreduce": BOOL,
     "allgather_partitions": BOOL,
     "allgather_bucket_size": COUNT,
@@ -49,9 +49,9 @@ ZERO = {
     "cpu_offload": BOOL,
     # each of these is known by two names: the field and its stage-3 alias
     "prefetch_bucket_size": COUNT,
-    "stage3_prefetch_bucket_size": Key("int", ge=0, auto=True),
+    "stage3_prefetch_bucket_size": Key("int", ge=0, le=STEP_LIMIT, auto=True),
     "param_persistence_threshold": COUNT,
-    "stage3_param_persistence_threshold": Key("int", ge=0, auto=True),
+    "stage3_param_persistence_threshold": Key("int", ge=0, le=STEP_LIMIT, auto=True),
     "model_persistence_threshold": COUNT,
     "stage3_model_persistence_threshold": COUNT,
     "max_live_parameters": COUNT,
@@ -95,7 +95,7 @@ ADAM = {
 OPTIMIZERS = {"Adam": ADAM, "AdamW": ADAM}
 
 _WARMUP = {
-    "warmup_num_steps": Key("int", ge=1, auto=True),
+    "warmup_num_steps": Key("int", ge=1, le=STEP_LIMIT, auto=True),
     "warmup_type": Key("string", choices=("linear", "log")),
 }
 _WARMUP_LR = {
@@ -103,7 +103,7 @@ _WARMUP_LR = {
     "warmup_min_lr": Key("number", ge=0, auto=True),
     "warmup_max_lr": Key("number", gt=0, auto=True),
 }
-_TOTAL = {"total_num_steps": Key("int", ge=1, auto=True)}
+_TOTAL = {"total_num_steps": Key("int", ge=1, le=STEP_LIMIT, auto=True)}
 _RATIO = Key("number", ge=0, le=1, auto=True)
 SCHEDULERS = {
     "WarmupLR": _WARMUP_LR,
@@ -114,9 +114,9 @@ SCHEDULERS = {
         "cycle_max_lr": _POSITIVE,
         "decay_lr_rate": _NONNEGATIVE,
         "cycle_first_step_size": SIZE,
-        "cycle_second_step_size": Key("int", ge=0, null=True),
+        "cycle_second_step_size": Key("int", ge=0, le=STEP_LIMIT, null=True),
         "cycle_first_stair_count": COUNT,
-        "cycle_second_stair_count": Key("int", ge=0, null=True),
+        "cycle_second_stair_count": Key("int", ge=0, le=STEP_LIMIT, null=True),
         "decay_step_size": COUNT,
         "cycle_momentum": BOOL,
         "cycle_min_mom": Key("number", ge=0, le=1),
@@ -132,9 +132,9 @@ SCHEDULERS = {
 }
 
 DEEPSPEED = {
-    "train_batch_size": Key("int", ge=1, auto=True),
-    "train_micro_batch_size_per_gpu": Key("int", ge=1, auto=True),
-    "gradient_accumulation_steps": Key("int", ge=1, auto=True),
+    "train_batch_size": Key("int", ge=1, le=SIZE_LIMIT, auto=True),
+    "train_micro_batch_size_per_gpu": Key("int", ge=1, le=SIZE_LIMIT, auto=True),
+    "gradient_accumulation_steps": Key("int", ge=1, le=SIZE_LIMIT, auto=True),
     "managed_gradient_accumulation": BOOL,
     # `params` is checked by type afterwards, against OPTIMIZERS and SCHEDULERS
     "optimizer": {"type": TEXT, "params": _BLOCK, "legacy_fusion": BOOL},
@@ -164,13 +164,13 @@ DEEPSPEED = {
     "zero_force_ds_cpu_optimizer": BOOL,
     "activation_checkpointing": {
         "partition_activations": BOOL,
-        "number_checkpoints": Key("int", ge=1, null=True),
+        "number_checkpoints": Key("int", ge=1, le=STEP_LIMIT, null=True),
         "contiguous_memory_optimization": BOOL,
         "synchronize_checkpoint_boundary": BOOL,
         "profile": BOOL,
         "cpu_checkpointing": BOOL,
     },
-    "steps_per_print": Key("int", ge=1, null=True),
+    "steps_per_print": Key("int", ge=1, le=STEP_LIMIT, null=True),
     "dump_state": BOOL,
     "disable_python_gc": BOOL,
     "disable_allgather": BOOL,
@@ -181,14 +181,14 @@ DEEPSPEED = {
     "gradient_allreduce_op": Key("string", choices=("mean", "sum")),
     "wall_clock_breakdown": BOOL,
     "memory_breakdown": BOOL,
-    "vocabulary_size": Key("int", ge=1, null=True),
+    "vocabulary_size": Key("int", ge=1, le=STEP_LIMIT, null=True),
     "dataloader_drop_last": BOOL,
     "log_level": Key("string", choices=("debug", "info", "warning", "error", "critical"), null=True),
     "flops_profiler": {
         "enabled": BOOL,
         "recompute_fwd_factor": _NONNEGATIVE,
         "profile_step": SIZE,
-        "module_depth": Key("int", ge=-1),
+        "module_depth": Key("int", ge=-1, le=SIZE_LIMIT),
         "top_modules": SIZE,
         "detailed": BOOL,
         "output_file": _OPTIONAL_TEXT,

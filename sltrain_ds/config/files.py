@@ -1,5 +1,6 @@
 """What a run reads must exist and fit: the tokenizer, the prepared data, one vocabulary in all of them."""
 
+import os
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -11,10 +12,12 @@ _PREPARE = "`sltrain-ds data prepare --input FILE --tokenizer DIR --out DIR`"
 
 
 def check_files(block, fields):
-    """Tokenizer and data directories of a typed `sltrain` block against the model's fields.
+    """Tokenizer and data directories of a typed `sltrain` block against the model's fields; the run's own places.
 
     Relative paths start at the current directory. UserError names the first key whose directory is missing or misfits.
     """
+    for key, place in (("run_dir", block.run_dir), ("checkpoint.dir", block.checkpoint.dir)):
+        _check_place(f"sltrain.{key}", Path(place))
     tokenizer = Path(block.tokenizer)
     if not tokenizer.is_dir():
         raise UserError(_missing("sltrain.tokenizer", tokenizer, "`sltrain-ds tokenizer train --input FILE --out DIR`"))
@@ -44,6 +47,14 @@ def check_packages(data):
     for key, package in (("tensorboard", "tensorboard"), ("wandb", "wandb"), ("comet", "comet_ml")):
         if data.get(key, {}).get("enabled") and find_spec(package) is None:
             raise UserError(f"{key}.enabled: true needs the package {package}; pip install {package}, or set false")
+
+
+def _check_place(key, place):
+    """A directory may be made there: the first of its parents that exists is a directory."""
+    found = next(path for path in (place, *place.absolute().parents) if os.path.lexists(path))
+    if not found.is_dir():
+        under = "" if found == place else f", and {place} lies under it"
+        raise UserError(f"{key}: {found} is a file, not a directory{under}; name another directory")
 
 
 def _check_vocabulary(directory, vocab, model_vocab):

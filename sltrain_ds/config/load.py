@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from sltrain_ds.errors import UserError
 
-from . import auto, files, optimizer, refused, shapes
+from . import auto, files, llama, optimizer, refused, shapes
 from .batch import BATCH_KEYS, triangle
 from .block import SLTrainBlock
 from .deepspeed_keys import DEEPSPEED
@@ -53,7 +53,11 @@ def from_dict(data, overrides=(), world_size=1, name="config.json", check_files=
     for key, size in zip(BATCH_KEYS, sizes, strict=True):
         if data.get(key) != size:
             data[key] = resolved[key] = size
-    shapes.check_model(fields, "sltrain.model.path" if block.model.path else "sltrain.model.config")
+    where = (
+        f"sltrain.model.path: {Path(block.model.path) / 'config.json'}" if block.model.path else "sltrain.model.config"
+    )
+    shapes.check_model(fields, where)
+    llama.check_values(fields, where, ours=block.model.path is None)
     shapes.check_method(block.method, fields)
     shapes.check_sequence(block.data.sequence_length, fields)
     if check_files:

@@ -52,6 +52,13 @@ def first_line(error, whole):
     return f"{path}: {problem['msg']}".replace("\n", " ")
 
 
+def field_line(problem, where):
+    """The same for a problem with a field of a file that is not ours; ``where`` names the file."""
+    kind, context = problem["type"], problem.get("ctx", {})
+    what = _WHAT[kind] % context if kind in _WHAT else f"{problem['msg'][0].lower()}{problem['msg'][1:]}"
+    return f"{where}: {problem['loc'][0]} {what}; got {shown(problem['input'])}"
+
+
 def _near(value, names):
     near = nearest(value, names) if isinstance(value, str) else None
     return f'did you mean "{near}"? ' if near else ""

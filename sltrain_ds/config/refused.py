@@ -1,5 +1,7 @@
 """What this version does not do or must not be combined: one line each, naming the keys and what to set instead."""
 
+import re
+
 from sltrain_ds.errors import UserError
 
 from .deepspeed_keys import REMOVED, REMOVED_ZERO
@@ -34,6 +36,32 @@ _BLOCKS = {
     "data_parallel_size": "goes with sequence_parallel_size, which is not supported; remove it",
 }
 
+# keys that DeepSpeed takes and that break later or that no test covers: path -> (values that pass, what to do)
+_KEPT_DEFAULTS = {
+    "checkpoint.writer": ((), "writes files that resume cannot read without unpickling them; remove it"),
+    "checkpoint.load_universal": (
+        (False,),
+        "is not supported: checkpoints are read as the run's own ranks wrote them; remove it",
+    ),
+    "checkpoint.use_node_local_storage": (
+        (False,),
+        "spreads a checkpoint over the nodes, and sltrain.json lies with rank 0's part alone; remove it, and put "
+        "sltrain.checkpoint.dir on a shared file system",
+    ),
+    "checkpoint.checkpoint_serialization": (
+        (True,),
+        "is not the zip format that is read back without unpickling; remove it",
+    ),
+    "gradient_allreduce_op": (("mean",), 'makes gradients grow with the number of GPUs; remove it or set "mean"'),
+    "zero_optimization.zero_quantized_weights": ((False,), "is not tested with converted layers; remove it"),
+    "zero_optimization.zero_quantized_nontrainable_weights": ((False,), "is not tested here; remove it"),
+    "zero_optimization.zero_quantized_gradients": ((False,), "is not tested with converted layers; remove it"),
+    "zero_optimization.zero_hpz_partition_size": ((0, 1), "is not tested with converted layers; remove it or set 1"),
+    "data_types.grad_accum_dtype": ((None,), "is not tested here (at stage 1 it brings another optimizer); remove it"),
+    "data_types.param_dtype": ((None,), "is what bf16.enabled decides; remove it"),
+    "data_types.buffer_dtype": ((None,), "would cast the rotary frequencies, which stay fp32; remove it"),
+}
+
 
 def refuse_block_values(block):
     """Values of the `sltrain` block that other versions have, refused by name before the types see them."""
@@ -61,8 +89,36 @@ def refuse_combinations(data, block):
         trivial = value in (1, False) or (isinstance(value, dict) and value.get("enabled") is False)
         if key in data and (key == "bfloat16" or not trivial):
             raise UserError(f"{key}: {why}")
+    for line in _kept_defaults(data):
+        raise UserError(line)
     for line in _combinations(data, block):
         raise UserError(line)
+
+
+def _kept_defaults(data):
+    for path, (allowed, advice) in _KEPT_DEFAULTS.items():
+        *parents, last = path.split(".")
+        node = data
+        for name in parents:
+            node = node.get(name, {})
+        if last in node and node[last] not in allowed:
+            yield f"{path}: {shown(node[last])} {advice}"
+    yield from _patterns(data.get("data_types", {}).get("keep_in_fp32_modules", []))
+
+
+def _patterns(names):
+    """Patterns as DeepSpeed compiles them (runtime/keep_in_fp32.py): each with * for .*, then all as one."""
+    if names == "auto":
+        return
+    patterns = [name.replace("*", ".*") for name in names]
+    for name, pattern in [*zip(names, patterns, strict=True), (names, "|".join(sorted(set(patterns))))]:
+        try:
+            re.compile(pattern)
+        except (re.error, OverflowError, RecursionError) as error:
+            yield (
+                f"data_types.keep_in_fp32_modules: {shown(name)} is no regular expression ({error}); write name "
+                'patterns such as "rotary_emb.*", or remove it'
+            )
 
 
 def _combinations(data, block):
@@ -82,10 +138,6 @@ def _combinations(data, block):
             "step on zero gradients at the start); set stage 1, 2 or 3, or bf16.enabled false"
         )
     yield from _masters(bf16, precision)
-    dtype = data.get("data_types", {}).get("param_dtype")
-    if dtype is not None and dtype != ("bf16" if bf16.get("enabled") else "fp32"):
-        enabled = shown(bf16.get("enabled", False))
-        yield f'data_types.param_dtype: "{dtype}" contradicts bf16.enabled {enabled}; remove it'
     for key in zero:
         if f"stage3_{key}" in zero:
             yield f"zero_optimization.{key}: is stage3_{key} by another name; keep one of them"
@@ -108,13 +160,6 @@ def _combinations(data, block):
         yield "zero_optimization.elastic_checkpoint: true is gone for zero_optimization.stage 3; set it to false"
     if zero.get("compute_grad_norm") is False:
         yield "zero_optimization.compute_grad_norm: false leaves no gradient norm to log and to check; remove the key"
-    if data.get("gradient_allreduce_op") == "sum" and stage == 3:
-        yield 'gradient_allreduce_op: "sum" does not work with zero_optimization.stage 3; set "mean"'
-    if data.get("checkpoint", {}).get("load_universal") and precision.states == "8bit":
-        yield (
-            'checkpoint.load_universal: true does not work with sltrain.precision.states "8bit" (universal checkpoints '
-            "know no quantised states); set load_universal false, or states 32bit"
-        )
     if data.get("activation_checkpointing") and any(data["activation_checkpointing"].values()):
         yield (
             "activation_checkpointing: configures DeepSpeed's own checkpoint(), which the model does not call; remove "

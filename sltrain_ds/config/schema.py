@@ -7,6 +7,7 @@ from pydantic.json_schema import GenerateJsonSchema
 
 from .block import Checkpoint, Data, Eval, FullRank, LlamaFields, LowRank, Model, Precision, SLTrain, SLTrainBlock
 from .deepspeed_keys import ADAM, DEEPSPEED, OPTIMIZERS, SCHEDULERS, VERSION
+from .tree import SIZE_LIMIT
 
 PATH = Path(__file__).with_name("sltrain.schema.json")
 _BEGIN, _END = "<!-- generated: python -m sltrain_ds.config.schema -->", "<!-- /generated -->"
@@ -125,7 +126,7 @@ def _takes(rule, definitions):
     words = {"integer": "whole number", "boolean": "`true`, `false`", "array": "list of names", "null": "`null`"}
     word = words.get(rule["type"], rule["type"])
     signs = (("exclusiveMinimum", ">"), ("minimum", "≥"), ("exclusiveMaximum", "<"), ("maximum", "≤"))
-    bounds = [f"{sign} {rule[key]:g}" for key, sign in signs if key in rule and rule[key] < 2**62]
+    bounds = [f"{sign} {rule[key]:g}" for key, sign in signs if key in rule and rule[key] < SIZE_LIMIT]
     return " ".join([word, *bounds])
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from sltrain_ds.errors import UserError
 
+from . import llama
 from .presets import PRESETS
 
 
@@ -18,12 +19,13 @@ def model_fields(model):
         raise UserError(f"sltrain.model.path: {file} does not exist; give a Hugging Face or converted model directory")
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(
             f"sltrain.model.path: {file} is not readable JSON ({str(error).splitlines()[0]}); write it anew"
         ) from None
     if not isinstance(fields, dict):
         raise UserError(f"sltrain.model.path: {file} holds no JSON object; write it anew")
+    llama.check_types(fields, f"sltrain.model.path: {file}")
     return fields
 
 

@@ -23,7 +23,10 @@ class Key:
 
 
 BOOL, TEXT, ANY, NAMES = Key("bool"), Key("string"), Key("any"), Key("names")
-COUNT, SIZE = Key("int", ge=0), Key("int", ge=1)
+SIZE_LIMIT = 2**31 - 1  # of what is a dimension of a tensor
+STEP_LIMIT = 2**53  # of what is counted: a double holds it exactly
+INT64 = 2**63 - 1  # DeepSpeed's own default of some counts is sys.maxsize
+COUNT, SIZE = Key("int", ge=0, le=INT64), Key("int", ge=1, le=INT64)
 
 
 def check(value, node, path, whole=None):
@@ -78,7 +81,7 @@ def expected(node):
     else:
         text = _WORDS[node.type]
     bounds = [
-        f"{sign} {bound:g}" for sign, bound in ((">", node.gt), (">=", node.ge), ("<=", node.le)) if bound is not None
+        f"{sign} {bound}" for sign, bound in ((">", node.gt), (">=", node.ge), ("<=", node.le)) if bound is not None
     ]
     return text + (" " + " and ".join(bounds) if bounds else "") + (' or "auto"' if node.auto else "")
 

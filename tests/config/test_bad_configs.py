@@ -84,6 +84,12 @@ BAD = {
     "alpha negative": ("sltrain.method.alpha", -1, ["sltrain.method.alpha: must be above 0"]),
     "rank zero": ("sltrain.method.rank", 0, ["sltrain.method.rank: must be at least 1"]),
     "negative multiplier": ("sltrain.method.lr_scale", {"sparse": -0.3}, ["lr_scale.sparse: must be at least 0"]),
+    "huge size": ("sltrain.data.sequence_length", 2**31, ["sequence_length: must be at most 2147483647"]),
+    "huge rank": ("sltrain.method.rank", 2**31, ["sltrain.method.rank: must be at most 2147483647"]),
+    "huge batch": ("train_batch_size", 2**31, ["train_batch_size", "<= 2147483647"]),
+    "huge number of steps": ("sltrain.steps", 2**53 + 1, ["sltrain.steps: must be at most 9007199254740992"]),
+    "huge budget": ("sltrain.eval", {"tokens": 10**20}, ["sltrain.eval.tokens: must be at most 9007199254740992"]),
+    "huge count": ("zero_optimization.sub_group_size", 2**63, ["sub_group_size", "<= 9223372036854775807"]),
     "targets as a string": ("sltrain.method.target_modules", "mlp", ["target_modules: must be a list [...]"]),
     "empty tokenizer": ("sltrain.tokenizer", "", ["sltrain.tokenizer: must not be empty"]),
     "ZeRO stage 4": ("zero_optimization.stage", 4, ["zero_optimization.stage: must be one of 0, 1, 2, 3; got 4"]),
@@ -178,7 +184,44 @@ BAD = {
     "our bf16 flag": ("bf16.bf16_optimizer_states", True, ["bf16.bf16_optimizer_states", "precision.weights"]),
     "accumulation by the caller": ("managed_gradient_accumulation", False, ["managed_gradient_accumulation", "remove"]),
     "elastic with 8-bit": ("zero_optimization.elastic_checkpoint", True, ["elastic_checkpoint", "precision.states"]),
-    "universal with 8-bit": ("checkpoint", {"load_universal": True}, ["load_universal", "precision.states"]),
+    # what would break later, or has no test
+    "checkpoint writer": ("checkpoint", {"writer": {}}, ["checkpoint.writer: {} writes files", "remove it"]),
+    "universal checkpoints": ("checkpoint", {"load_universal": True}, ["checkpoint.load_universal: true is not"]),
+    "checkpoints spread over nodes": (
+        "checkpoint",
+        {"use_node_local_storage": True},
+        ["checkpoint.use_node_local_storage: true", "sltrain.checkpoint.dir"],
+    ),
+    "torch's old file format": (
+        "checkpoint",
+        {"checkpoint_serialization": False},
+        ["checkpoint.checkpoint_serialization: false", "zip", "remove it"],
+    ),
+    "summed gradients": ("gradient_allreduce_op", "sum", ['gradient_allreduce_op: "sum"', 'set "mean"']),
+    "quantised weights": ("zero_optimization.zero_quantized_weights", True, ["zero_quantized_weights: true", "remove"]),
+    "quantised frozen weights": (
+        "zero_optimization.zero_quantized_nontrainable_weights",
+        True,
+        ["zero_optimization.zero_quantized_nontrainable_weights: true", "remove it"],
+    ),
+    "quantised gradients": (
+        "zero_optimization.zero_quantized_gradients",
+        True,
+        ["zero_optimization.zero_quantized_gradients: true", "remove it"],
+    ),
+    "hpZ": ("zero_optimization.zero_hpz_partition_size", 2, ["zero_hpz_partition_size: 2", "set 1"]),
+    "gradients accumulated in fp32": (
+        "data_types",
+        {"grad_accum_dtype": "fp32"},
+        ['data_types.grad_accum_dtype: "fp32" is not tested', "remove it"],
+    ),
+    "buffers of another type": ("data_types", {"buffer_dtype": "bf16"}, ["data_types.buffer_dtype", "remove it"]),
+    "no pattern": ("data_types", {"keep_in_fp32_modules": ["a", "("]}, ['keep_in_fp32_modules: "(" is no regular']),
+    "patterns that do not go together": (
+        "data_types",
+        {"keep_in_fp32_modules": ["(?P<x>a)", "(?P<x>b)"]},
+        ["keep_in_fp32_modules", "is no regular expression (redefinition"],
+    ),
     "one setting, two names": (
         "zero_optimization",
         {"stage": 3, "prefetch_bucket_size": 1, "stage3_prefetch_bucket_size": 2},
@@ -187,7 +230,7 @@ BAD = {
     "parameters of another type": (
         "data_types",
         {"param_dtype": "fp32"},
-        ["data_types.param_dtype", "bf16.enabled true"],
+        ["data_types.param_dtype", "bf16.enabled decides"],
     ),
     "compiler typo": ("compile", {"pases": ["z1"]}, ["compile.pases: unknown key; did you mean compile.passes?"]),
     "schema that is no path": ("$schema", 1, ["$schema: must be a string"]),
@@ -244,6 +287,46 @@ BAD = {
         "sltrain.model",
         {"config": {**OWN_MODEL, "num_attention_heads": 5}},
         ["hidden_size 48", "num_attention_heads 5"],
+    ),
+    "unknown activation": (
+        "sltrain.model",
+        {"config": {**OWN_MODEL, "hidden_act": "swiglu"}},
+        ["sltrain.model.config.hidden_act", "did you mean", '"silu"'],
+    ),
+    "token beyond the vocabulary": (
+        "sltrain.model",
+        {"config": {**OWN_MODEL, "pad_token_id": 384}},
+        ["sltrain.model.config: pad_token_id 384 is beyond vocab_size 384; set at most 383"],
+    ),
+    "unknown rope": (
+        "sltrain.model",
+        {"config": {**OWN_MODEL, "rope_parameters": {"rope_type": "ntk"}}},
+        ['rope_parameters rope_type "ntk" is not known', '"yarn"'],
+    ),
+    "rope without a type": (
+        "sltrain.model",
+        {"config": {**OWN_MODEL, "rope_parameters": {"factor": 2}}},
+        ["rope_parameters has no rope_type", '"linear"'],
+    ),
+    "rope without its factor": (
+        "sltrain.model",
+        {"config": {**OWN_MODEL, "rope_parameters": {"rope_type": "linear"}}},
+        ['rope_parameters of rope_type "linear" need factor'],
+    ),
+    "rope of words": (
+        "sltrain.model",
+        {"config": {**OWN_MODEL, "rope_parameters": {"rope_type": "default", "rope_theta": "1e4"}}},
+        ['rope_parameters.rope_theta must be a number above 0; got "1e4"'],
+    ),
+    "rope factors of another width": (
+        "sltrain.model",
+        {
+            "config": {
+                **OWN_MODEL,
+                "rope_parameters": {"rope_type": "longrope", "short_factor": [1], "long_factor": [1]},
+            }
+        },
+        ["rope_parameters.short_factor must be a list of 6 numbers"],
     ),
     "key and value heads": (
         "sltrain.model",

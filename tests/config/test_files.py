@@ -86,3 +86,15 @@ def test_sequence_longer_than_a_split(tiny, tiny_config):
         UserError, match=rf"sequence_length: {tokens + 1} is above the {tokens} tokens of split validation"
     ):
         from_dict(config, check_files=True)
+
+
+@pytest.mark.parametrize("key", ["run_dir", "checkpoint.dir"])
+@pytest.mark.parametrize("below", ["", "/deep/down"])
+def test_places_that_are_files(tiny_config, tmp_path, key, below):
+    (tmp_path / "file").write_text("x")
+    name = f"{tmp_path}/file{below}"
+    config = tiny_config(**{f"sltrain__{key.replace('.', '__')}": name})
+    from_dict(config)  # without looking
+    with pytest.raises(UserError, match=rf"sltrain\.{key}: {tmp_path}/file is a file, not a directory") as caught:
+        from_dict(config, check_files=True)
+    assert ("lies under it" in str(caught.value)) == bool(below)
