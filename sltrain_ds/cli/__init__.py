@@ -23,15 +23,15 @@ VERBS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one verb. Exit code 0, what the verb returns, or 2 with one line on stderr for a `UserError`."""
+    """Run one verb. Exit code 0, what the verb returns, or 2 with one line on stderr: `UserError` and `OSError`."""
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(
         prog="sltrain-ds", description="SLTrain pretraining on DeepSpeed. Verbs: " + ", ".join(VERBS)
     )
     parser.add_argument("--version", action="version", version=f"sltrain-ds {__version__}")
     subparsers = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    wanted = [verb for verb in argv if verb in VERBS][:1] or VERBS
-    for verb in wanted:
+    first = next((word for word in argv if not word.startswith("-")), None)
+    for verb in [first] if first in VERBS else VERBS:
         import_module(f"sltrain_ds.cli.{VERBS[verb]}").add_parser(subparsers)
     args = parser.parse_args(argv)
     try:
@@ -39,8 +39,18 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"sltrain-ds: error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"sltrain-ds: error: {_os_error(error)}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         return 130
+
+
+def _os_error(error: OSError) -> str:
+    """FILE: what, on one line."""
+    lines = str(error.strerror or error).strip().splitlines()
+    what = lines[0] if lines else type(error).__name__
+    return f"{error.filename}: {what}" if error.filename is not None else what
 
 
 if __name__ == "__main__":
