@@ -79,6 +79,10 @@ def _verify(args: argparse.Namespace) -> int:
 def _info(args: argparse.Namespace) -> int:
     import json
 
+    from sltrain_ds.errors import UserError
+
+    if args.eval_tokens < 1:
+        raise UserError(f"--eval-tokens: {args.eval_tokens} must be at least 1")
     from sltrain_ds.data.dataset import TokenData
     from sltrain_ds.data.index import read_index
 
@@ -94,6 +98,8 @@ def _info(args: argparse.Namespace) -> int:
             "dropped_tokens": data.dropped_tokens,
         }
     if args.ngram:
+        if "validation" not in splits:
+            raise UserError(f"--ngram: {args.dir} has no validation split; prepare it with a --val-fraction above 0")
         from sltrain_ds.data.ngram import perplexities
 
         out["ngram"] = perplexities(splits["train"], splits["validation"], args.eval_tokens)

@@ -13,6 +13,7 @@ def add_parser(subparsers):
     parser.add_argument("--tokens", type=int, default=10_000_000, help="token budget (default 10,000,000)")
     parser.add_argument("--sequence-length", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--mask-documents", action="store_true", help="no attention across document borders")
     parser.add_argument("--device", default=None, help="default: cuda where there is one, else cpu")
     parser.add_argument("--json", action="store_true")
     return parser
@@ -26,29 +27,67 @@ def run(args) -> int:
             raise UserError(f"--{flag.replace('_', '-')}: {getattr(args, flag)} must be at least 1")
 
     import torch
-    from transformers import AutoModelForCausalLM
 
-    from sltrain_ds.converted import is_converted, load_converted
     from sltrain_ds.data.dataset import TokenData, evaluation_batches
     from sltrain_ds.evaluate import evaluate
 
+    device = _device(torch, args.device)
     data = TokenData(args.data, "validation", args.sequence_length)
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        model = (
-            load_converted(args.model) if is_converted(args.model) else AutoModelForCausalLM.from_pretrained(args.model)
-        )
-    except (OSError, ValueError) as error:
-        raise UserError(f"{args.model}: cannot be loaded ({str(error).splitlines()[0]})") from None
-    if model.config.vocab_size < data.vocab_size:
-        raise UserError(
-            f"--data {args.data}: its tokenizer has {data.vocab_size} tokens, the model {model.config.vocab_size}; "
-            "prepare the data with the model's tokenizer"
-        )
-    batches = evaluation_batches(data, args.tokens, args.batch_size, rank=0, world=1)
+    model = _load(args.model)
+    _check_fit(model.config, data, args)
+    model.config.use_cache = False  # with it, transformers takes no notice of where documents begin
+    batches = evaluation_batches(data, args.tokens, args.batch_size, mask_documents=args.mask_documents)
     result = evaluate(model.to(device), batches, device)
     if args.json:
         print(json.dumps({"loss": result.loss, "perplexity": result.perplexity, "tokens": result.tokens}))
     else:
         print(f"loss {result.loss:.4f}  perplexity {result.perplexity:.2f}  ({result.tokens:,} predicted tokens)")
     return 0
+
+
+def _device(torch, name: str | None) -> str:
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name).item()  # unknown, absent and meta devices all fail here
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise UserError(f"--device {name}: cannot be used ({str(error).splitlines()[0]}); cpu always can") from None
+    return name
+
+
+def _load(path: Path):
+    """The model of a plain or converted directory, every weight read from it. Raises `UserError` naming `path`."""
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    from sltrain_ds.converted import is_converted, load_converted
+
+    try:
+        if is_converted(path):
+            return load_converted(path)
+        model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, trust_remote_code=False)
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError, StrictDataclassError) as error:
+        raise UserError(f"{path}: cannot be loaded ({_one_line(error)}); export it anew") from None
+    missing = sorted(info["missing_keys"])
+    if missing:  # transformers would draw them at random
+        raise UserError(f"{path}: its files lack {missing[0]} ({len(missing)} missing in all); export it anew")
+    return model
+
+
+def _check_fit(config, data, args) -> None:
+    if config.vocab_size < data.vocab_size:
+        raise UserError(
+            f"--data {args.data}: its tokenizer has {data.vocab_size} tokens, the model {config.vocab_size}; "
+            "prepare the data with the model's tokenizer"
+        )
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest is not None and args.sequence_length > longest:
+        raise UserError(
+            f"--sequence-length: {args.sequence_length} is above the model's max_position_embeddings {longest}; "
+            f"give at most {longest}"
+        )
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
