@@ -58,14 +58,26 @@ def _metrics(run_dir: Path) -> list[dict]:
 
 
 def _baselines(run_dir: Path, settings) -> dict:
-    path = run_dir / "baselines.json"
-    if path.exists():
-        return json.loads(path.read_text(encoding="utf-8"))
+    """`perplexities` of the run's data, kept in baselines.json beside what they are of."""
+    path, data = run_dir / "baselines.json", settings.data
+    of = {**data.model_dump(), "eval_tokens": settings.eval.tokens}
+    kept = _kept(path)
+    if kept.get("of") == of:
+        return kept
     from sltrain_ds.data.dataset import open_data
     from sltrain_ds.data.ngram import perplexities
 
-    data = settings.data
     splits = [open_data(data.dir, split, data.sequence_length) for split in ("train", "validation")]
-    result = perplexities(*splits, settings.eval.tokens, data.mask_documents)
+    result = {"of": of, **perplexities(*splits, settings.eval.tokens, data.mask_documents)}
     write_json(path, result)
     return result
+
+
+def _kept(path: Path) -> dict:
+    """What the file holds; {} where there is none, or a damaged one, which is made anew."""
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    whole = isinstance(kept, dict) and all(isinstance(kept.get(key), float) for key in ("unigram", "bigram"))
+    return kept if whole else {}
