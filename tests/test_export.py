@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sltrain_ds.checkpoint import STATE
 from sltrain_ds.cli import main
 from sltrain_ds.config.block import SLTrainBlock
 from sltrain_ds.errors import UserError
 from sltrain_ds.export import export
 from sltrain_ds.models import build
+from sltrain_ds.zero.checkpoint_reader import STATE_FILE
 from sltrain_ds.zero.support_check import supports
 
 CONFIG = {
@@ -75,7 +75,7 @@ def write(folder, model, settings, stage=2, world=1):
         flat = {"optimizer_state_dict": {"fp32_flat_groups": [torch.cat(slices)]}}
         torch.save(flat, step / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
     state = {"format": 1, "config": {"sltrain": settings}, "step": 9, "tokens": 0, "zero_stage": stage}
-    (step / STATE).write_text(json.dumps(state | {"world_size": world, "supports": supports(model)}))
+    (step / STATE_FILE).write_text(json.dumps(state | {"world_size": world, "supports": supports(model)}))
     (folder / "latest").write_text(step.name)
     return step
 
@@ -191,9 +191,9 @@ def test_the_command_copies_the_tokenizer_or_says_why_not(tmp_path, tiny, capsys
 
 
 def edit(step, change):
-    state = json.loads((step / STATE).read_text())
+    state = json.loads((step / STATE_FILE).read_text())
     change(state)
-    (step / STATE).write_text(json.dumps(state))
+    (step / STATE_FILE).write_text(json.dumps(state))
 
 
 def other_checksum(step):
@@ -234,7 +234,7 @@ def lost_path(step):
 
 
 def incomplete(step):
-    (step / STATE).unlink()
+    (step / STATE_FILE).unlink()
 
 
 def damaged(step):
