@@ -50,6 +50,7 @@ def to_naive(model: torch.nn.Module) -> torch.nn.Module:
             layer.ensure_support()
             index = support.to_flat_index(layer.S_rows, layer.S_columns, layer.in_features)
             del layer.S_rows, layer.S_columns
+            layer._checksum = None  # nothing to look after any more
             layer.register_buffer("S_index", index, persistent=False)
             layer.__class__ = NaiveLinear
     return model

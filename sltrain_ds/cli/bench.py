@@ -17,13 +17,29 @@ def add_parser(subparsers):
     op.add_argument("--modes", help="default: all there are")
     op.add_argument("--density", type=float, help="instead of each shape's own")
     op.add_argument("--calibrate", action="store_true", help="fit the cost model of auto to this machine")
-    _common(op, rounds=15, seconds=10.0)
+    _common(op)
+
+    step = benches.add_parser("step", help="whole training steps: full-rank, SLTrain, SLTrain on the naive operator")
+    step.add_argument("configs", nargs="*", default=["ds_configs/quickstart.json"], metavar="CONFIG")
+    step.add_argument("--methods", default="full_rank,sltrain,naive")
+    step.add_argument("--steps", dest="pairs", type=int, default=10, metavar="N", help="rounds (default %(default)s)")
+    step.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the files")
+    _where(step)
+
+    adam = benches.add_parser("adam8bit", help="the 8-bit Adam step: ours, bitsandbytes, torch's fused AdamW, a copy")
+    adam.add_argument("--numel", default="1048576,16777216,45088768", help="elements (default %(default)s)")
+    adam.add_argument("--dtypes", default="fp32,bf16", help="of parameter and gradient (default %(default)s)")
+    _common(adam)
     return parser
 
 
-def _common(parser, rounds, seconds):
-    parser.add_argument("--pairs", type=int, default=rounds, metavar="N", help="rounds at most (default %(default)s)")
-    parser.add_argument("--seconds", type=float, default=seconds, help="a case may take (default %(default)s)")
+def _common(parser):
+    parser.add_argument("--pairs", type=int, default=15, metavar="N", help="rounds at most (default %(default)s)")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of a case, after 3 rounds (default %(default)s)")
+    _where(parser)
+
+
+def _where(parser):
     parser.add_argument("--threads", type=int, help="CPU threads; default torch's own")
     parser.add_argument("--device", help="cpu or cuda; default: cuda where there is one")
     parser.add_argument("--out", type=Path, metavar="DIR", help="also write DIR/BENCH.md and DIR/BENCH.json")
@@ -33,7 +49,7 @@ def run(args) -> int:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the memory meter's profiler announces each start; read at import
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     device = _device(args)
-    return {"op": _op}[args.bench](args, device) or 0
+    return {"op": _op, "step": _step, "adam8bit": _adam8bit}[args.bench](args, device) or 0
 
 
 def _op(args, device):
@@ -47,6 +63,24 @@ def _op(args, device):
         _names("--modes", args.modes, op.MODES) if args.modes else op.MODES,
         device, args.pairs, args.seconds, args.out,
     )  # fmt: skip
+
+
+def _step(args, device):
+    if device == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"  # read when DeepSpeed is imported
+    from sltrain_ds.bench import step
+    from sltrain_ds.logs import quiet
+
+    quiet()
+    step.bench(args.configs, args.set, _names("--methods", args.methods, step.METHODS), device, args.pairs, args.out)
+
+
+def _adam8bit(args, device):
+    from sltrain_ds.bench import adam8bit
+    from sltrain_ds.bench.op import DTYPES
+
+    numels = _numbers("--numel", args.numel)
+    adam8bit.bench(numels, _names("--dtypes", args.dtypes, DTYPES), device, args.pairs, args.seconds, args.out)
 
 
 def _device(args) -> str:
