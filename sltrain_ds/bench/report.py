@@ -1,5 +1,6 @@
 """What every bench prints and keeps: where it ran, a Markdown table row by row, and all raw numbers as JSON."""
 
+import contextlib
 import os
 import platform
 import shlex
@@ -65,7 +66,8 @@ def environment(device) -> dict:
     from sltrain_ds.ops import builder
 
     device = torch.device(device)
-    builder.load()
+    with contextlib.redirect_stdout(sys.stderr):  # a build announces itself
+        builder.load()
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
