@@ -21,6 +21,7 @@ from sltrain_ds.errors import UserError
 CXX_FLAGS = [
     "-O3",
     "-fopenmp",
+    "-fno-math-errno",  # square roots vectorise
 ]  # torch adds the C++ standard it needs; no -march, so that a cluster can share the cache
 LINK_FLAGS = ["-fopenmp"]
 
