@@ -63,11 +63,12 @@ def megabytes(nbytes: int | None) -> float | None:
 
 def environment(device) -> dict:
     """Device, versions, threads, load and command, as plain values."""
-    from sltrain_ds.ops import builder
+    from sltrain_ds.ops import builder, cuda
 
     device = torch.device(device)
     with contextlib.redirect_stdout(sys.stderr):  # a build announces itself
         builder.load()
+        kernels = ("CUDA" if cuda.load() else "no CUDA") if device.type == "cuda" else builder.status()[0]
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
@@ -77,13 +78,13 @@ def environment(device) -> dict:
         "python": platform.python_version(),
         **{name: _version(name) for name in PACKAGES},
         "cuda": torch.version.cuda,
-        "ops": builder.status()[0],
+        "ops": kernels,
         "command": shlex.join(["sltrain-ds", *sys.argv[1:]]),
     }
 
 
 def describe(found: dict) -> str:
-    """The environment in two lines."""
+    """The command and where it ran, a line each."""
     versions = ", ".join(f"{name} {found[name]}" for name in ("sltrain_ds", "python", *PACKAGES))
     where = f"{found['device']}, {found['cores']} cores, {found['threads']} threads, load {found['load']} at the start"
     return f"`{found['command']}`\n{where}; {versions}, ops {found['ops']}"

@@ -49,6 +49,8 @@ def run(args) -> int:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the memory meter's profiler announces each start; read at import
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     device = _device(args)
+    if device == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"  # read when DeepSpeed is imported
     return {"op": _op, "step": _step, "adam8bit": _adam8bit}[args.bench](args, device) or 0
 
 
@@ -66,8 +68,6 @@ def _op(args, device):
 
 
 def _step(args, device):
-    if device == "cpu":
-        os.environ["DS_ACCELERATOR"] = "cpu"  # read when DeepSpeed is imported
     from sltrain_ds.bench import step
     from sltrain_ds.logs import quiet
 
@@ -78,7 +78,9 @@ def _step(args, device):
 def _adam8bit(args, device):
     from sltrain_ds.bench import adam8bit
     from sltrain_ds.bench.op import DTYPES
+    from sltrain_ds.logs import quiet
 
+    quiet()
     numels = _numbers("--numel", args.numel)
     adam8bit.bench(numels, _names("--dtypes", args.dtypes, DTYPES), device, args.pairs, args.seconds, args.out)
 
