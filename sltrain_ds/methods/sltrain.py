@@ -90,6 +90,7 @@ class SLTrainLinear(MethodLinear):
         columns = torch.empty(self.nnz, dtype=support.column_dtype(in_features), device=device)
         self.register_buffer("S_rows", rows, persistent=False)
         self.register_buffer("S_columns", columns, persistent=False)
+        self.op_mode = "compose"
         self._stored = False
         self._checksum = None  # of the support that belongs here, once known
         self._checked = None  # the buffers that were last found to hold it
@@ -115,7 +116,7 @@ class SLTrainLinear(MethodLinear):
     def forward(self, x):
         self.ensure_support()
         return sltrain_linear.linear(
-            x, self.A, self.B, self.S_values, self.S_rows, self.S_columns, self.scaling, self.bias
+            x, self.A, self.B, self.S_values, self.S_rows, self.S_columns, self.scaling, self.bias, self.op_mode
         )
 
     @torch.no_grad()
