@@ -1,4 +1,4 @@
-// Schema of the 8-bit Adam step, its CPU kernel, and its shape check, which is all that tracing needs.
+// Schema of the 8-bit Adam step and its CPU kernel; tracing needs nothing but the schema, since it returns nothing.
 
 #include "adam8bit.h"
 
@@ -16,18 +16,17 @@ void adam8bit_step(const at::Tensor& p, const at::Tensor& g, const at::Tensor& m
 
 namespace {
 
-template <bool kRun>
 void adam8bit(at::Tensor p, const at::Tensor& g, at::Tensor m8, at::Tensor v8, at::Tensor absmax_m, at::Tensor absmax_v,
               const at::Tensor& tables, double lr, double beta1, double beta2, double eps, double weight_decay,
               bool decoupled, int64_t step, bool stochastic, int64_t seed, int64_t key, int64_t offset,
               double grad_scale) {
   check_adam8bit(p, g, m8, v8, absmax_m, absmax_v, tables, step, offset);
-  if constexpr (kRun) {
-    const AdamStep s =
-        adam_step(lr, beta1, beta2, eps, weight_decay, decoupled, step, stochastic, seed, key, grad_scale);
-    adam8bit_step(p, g, m8, v8, absmax_m, absmax_v, tables, s, offset);
-  }
+  const AdamStep s = adam_step(lr, beta1, beta2, eps, weight_decay, decoupled, step, stochastic, seed, key, grad_scale);
+  adam8bit_step(p, g, m8, v8, absmax_m, absmax_v, tables, s, offset);
 }
+
+void traced(at::Tensor, const at::Tensor&, at::Tensor, at::Tensor, at::Tensor, at::Tensor, const at::Tensor&, double,
+            double, double, double, double, bool, int64_t, bool, int64_t, int64_t, int64_t, double) {}
 
 }  // namespace
 }  // namespace sltrain
@@ -39,5 +38,5 @@ TORCH_LIBRARY_FRAGMENT(sltrain, m) {
       "bool stochastic, int seed, int key, int offset, float grad_scale) -> ()");
 }
 
-TORCH_LIBRARY_IMPL(sltrain, CPU, m) { m.impl("adam8bit_step_", &sltrain::adam8bit<true>); }
-TORCH_LIBRARY_IMPL(sltrain, Meta, m) { m.impl("adam8bit_step_", &sltrain::adam8bit<false>); }
+TORCH_LIBRARY_IMPL(sltrain, CPU, m) { m.impl("adam8bit_step_", &sltrain::adam8bit); }
+TORCH_LIBRARY_IMPL(sltrain, Meta, m) { m.impl("adam8bit_step_", &sltrain::traced); }
