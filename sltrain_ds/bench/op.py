@@ -18,11 +18,6 @@ from sltrain_ds.memory.paper import RECIPES
 from sltrain_ds.methods import SLTrainLinear
 from sltrain_ds.ops import workspace
 
-try:
-    from sltrain_ds.ops.modes import MODES
-except ImportError:
-    MODES = ("compose",)
-
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 COLUMNS = [
     "layer", "tokens", "dtype", "operator", "ms", "x naive's speed", "x dense's time",
@@ -60,7 +55,10 @@ def measure(shape: Shape, tokens: int, dtype: str, device, modes, rounds=15, sec
     layers = build(shape, modes, **factory)
     passes = {name: _pass(layer, x, dy) for name, layer in layers.items()}
     times = interleave(passes, rounds, seconds, device)
-    operators = {name: {"times": times[name], **_bytes(layers[name], passes[name], x)} for name in layers}
+    operators = {
+        name: {"times": times[name], "mode": getattr(layer, "current_mode", None), **_bytes(layer, passes[name], x)}
+        for name, layer in layers.items()
+    }
     case = {"out": shape.out_features, "in": shape.in_features, "rank": shape.rank, "density": shape.density}
     return {**case, "tokens": tokens, "dtype": dtype, "operators": operators}
 
@@ -84,6 +82,8 @@ def table_rows(case: dict) -> list[list]:
     ones = [1.0] * len(naive)
     for name, found in operators.items():
         times = found["times"]
+        if name == "auto":
+            name += f": {found['mode']}"
         rows.append([
             f"{case['out']}x{case['in']} r{case['rank']} d{case['density']:g}", case["tokens"], case["dtype"], name,
             1e3 * ratio(times, ones), ratio(naive, times), ratio(times, dense),

@@ -13,6 +13,7 @@ import torch
 from sltrain_ds import __version__
 from sltrain_ds.files import write_json, write_text
 
+WIDTHS = {"layer": 24, "config": 14, "method": 20, "operator": 20, "optimizer": 16, "elements": 9}  # of their cells
 PACKAGES = ("torch", "deepspeed", "transformers", "bitsandbytes")
 
 
@@ -24,7 +25,7 @@ class Report:
     def __init__(self, name: str, columns: list[str], device, out: Path | None = None, notes: list[str] = ()):
         self.name, self.out = name, Path(out) if out else None
         self.environment, self.cases = environment(device), []
-        self.widths = [max(len(column), 7) for column in columns]
+        self.widths = [max(len(column), WIDTHS.get(column, 7)) for column in columns]
         self.lines = []
         self._say(describe(self.environment), "", *(line for note in notes for line in (note, "")))
         self._say(self._row(columns), self._row(["-" * width for width in self.widths]))
@@ -39,7 +40,8 @@ class Report:
             write_json(self.out / f"{self.name}.json", whole)
 
     def _row(self, cells) -> str:
-        padded = (shown(cell).rjust(width) for cell, width in zip(cells, self.widths, strict=True))
+        pairs = zip(cells, self.widths, strict=True)
+        padded = (cell.ljust(width) if isinstance(cell, str) else shown(cell).rjust(width) for cell, width in pairs)
         return f"| {' | '.join(padded)} |"
 
     def _say(self, *lines):

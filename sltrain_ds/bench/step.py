@@ -7,6 +7,7 @@ import os
 import socket
 import statistics
 import sys
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ from sltrain_ds.evaluate import with_labels
 from sltrain_ds.loss import use_chunked_loss
 from sltrain_ds.memory.estimate import estimate
 from sltrain_ds.memory.measure import bytes_by_category
-from sltrain_ds.ops import workspace
+from sltrain_ds.ops import modes, workspace
 from sltrain_ds.zero.grad_norm import GradNorm
 from sltrain_ds.zero.initialize import initialize, partitioner
 
@@ -108,6 +109,7 @@ class Engine:
         held = bytes_by_category(self.engine)
         self.facts = {
             "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters()),
+            "modes": {} if naive else dict(Counter(modes.chosen(model).values())),  # mode -> layers
             "tokens": run.tokens_per_step,
             "data": kind,
             "held": sum(held[key] for key in ("weights", "index", "states", "masters")) + _naive_index(model),
@@ -148,12 +150,16 @@ def table_rows(case: dict) -> list[list]:
         median = statistics.median(one["times"])
         naive, dense = (found[name]["times"] if name in found else None for name in ("naive", "full_rank"))
         rows.append([
-            Path(case["config"]).stem, method, one["parameters"] / 1e6, one["tokens"], one["data"],
-            1e3 * median, one["tokens"] / median,
+            Path(case["config"]).stem, _label(method, one["modes"]), one["parameters"] / 1e6,
+            one["tokens"], one["data"], 1e3 * median, one["tokens"] / median,
             naive and ratio(naive, one["times"]), dense and ratio(one["times"], dense),
             megabytes(one["held"]), megabytes(one["peak"]), case["engines"],
         ])  # fmt: skip
     return rows
+
+
+def _label(method, chosen) -> str:
+    return f"{method}: {', '.join(f'{mode} {n}' for mode, n in chosen.items())}" if chosen else method
 
 
 def free_bytes(device) -> int:

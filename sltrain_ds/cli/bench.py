@@ -56,15 +56,28 @@ def run(args) -> int:
 
 def _op(args, device):
     from sltrain_ds.bench import op
+    from sltrain_ds.ops.modes import CHOICES
 
-    shapes = op.parse_shapes(args.shapes, args.density)
+    if args.calibrate:
+        return _calibrate(args, device)
     op.bench(
-        shapes,
+        op.parse_shapes(args.shapes, args.density),
         _numbers("--tokens", args.tokens),
         _names("--dtypes", args.dtypes, op.DTYPES),
-        _names("--modes", args.modes, op.MODES) if args.modes else op.MODES,
+        _names("--modes", args.modes, CHOICES) if args.modes else CHOICES,
         device, args.pairs, args.seconds, args.out,
     )  # fmt: skip
+
+
+def _calibrate(args, device):
+    from sltrain_ds.files import write_json
+    from sltrain_ds.ops import modes
+
+    if not hasattr(modes, "calibrate"):
+        raise UserError("--calibrate: the modes lack calibration so far; auto goes by its built-in constants")
+    path = (args.out or Path(".")) / "op_constants.json"
+    write_json(path, modes.calibrate(device))
+    print(path)
 
 
 def _step(args, device):

@@ -6,6 +6,7 @@ from sltrain_ds.bench import op
 from sltrain_ds.bench.op import Shape
 from sltrain_ds.cli import main
 from sltrain_ds.errors import UserError
+from sltrain_ds.ops.modes import CHOICES, MODES
 
 
 def test_rows_hold_speed_against_naive_and_time_against_dense():
@@ -16,7 +17,9 @@ def test_rows_hold_speed_against_naive_and_time_against_dense():
         "compose": {"times": [0.020, 0.020, 0.020], **sizes},
     }
     case = {"out": 3, "in": 2, "rank": 1, "density": 0.5, "tokens": 7, "dtype": "fp32", "operators": operators}
+    operators["auto"] = {**operators["compose"], "mode": "compose"}
     rows = {row[3]: row[4:] for row in op.table_rows(case)}
+    assert rows["auto: compose"] == rows["compose"]
     assert rows["compose"] == pytest.approx([20.0, 2.0, 2.0, 2.0, 0.0, 3.5])  # 2, 3, 1.5 and 2, 1, 2
     assert rows["naive"][1] == 1.0 and rows["dense"][2] == 1.0
     assert rows["dense"][1] == pytest.approx(3.0)  # 4, 3, 3
@@ -40,13 +43,14 @@ def test_bench_op_prints_its_table_and_keeps_every_time(tmp_path, capsys):
     assert main([*command, "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert printed == (tmp_path / "op.md").read_text()
-    assert sum(line.startswith("| 24x16 r4 d0.1 ") for line in printed.splitlines()) == 2 * (2 + len(op.MODES))
+    assert sum(line.startswith("| 24x16 r4 d0.1 ") for line in printed.splitlines()) == 2 * (2 + len(CHOICES))
     kept = json.loads((tmp_path / "op.json").read_text())
     assert kept["environment"]["torch"] and kept["environment"]["device"] and len(kept["cases"]) == 2
     for case in kept["cases"]:
-        assert set(case["operators"]) == {"dense", "naive", *op.MODES}
+        assert set(case["operators"]) == {"dense", "naive", *CHOICES}
         for found in case["operators"].values():
             assert len(found["times"]) == 2 and min(found["times"]) > 0 and found["peak"] > 0
+        assert case["operators"]["auto"]["mode"] in MODES
     compose = kept["cases"][0]["operators"]["compose"]
     assert compose["saved_beyond"] == 0 and compose["workspace"] == 4 * 24 * 16
 

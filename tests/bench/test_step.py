@@ -41,7 +41,14 @@ def one_rank(monkeypatch):
 
 
 def test_rows_hold_medians_of_pairs():
-    sizes = {"parameters": 2_000_000, "tokens": 100, "data": "random", "held": 5_000_000, "peak": 7_000_000}
+    sizes = {
+        "parameters": 2_000_000,
+        "modes": {},
+        "tokens": 100,
+        "data": "random",
+        "held": 5_000_000,
+        "peak": 7_000_000,
+    }
     methods = {
         "full_rank": {"times": [1.0, 2.0, 4.0], **sizes},
         "sltrain": {"times": [2.0, 2.0, 2.0], **sizes},
@@ -51,7 +58,9 @@ def test_rows_hold_medians_of_pairs():
     rows = {row[1]: row for row in step.table_rows(case)}
     assert rows["sltrain"][5:11] == pytest.approx([2000.0, 50.0, 1.5, 1.0, 5.0, 7.0])  # 1, 3, 1.5 and 2, 1, 0.5
     assert rows["full_rank"][7:9] == pytest.approx([2.0, 1.0]) and rows["naive"][7:9] == pytest.approx([1.0, 2.0])
+    methods["sltrain"]["modes"] = {"factored": 3, "compose": 4}
     del methods["naive"]
+    assert step.table_rows(case)[1][1] == "sltrain: factored 3, compose 4"
     assert [row[7] for row in step.table_rows(case)] == [None, None]
 
 
@@ -66,6 +75,7 @@ def test_bench_step_runs_all_methods_through_the_engine(tmp_path, capsys):
     assert list(found) == list(step.METHODS) and case["engines"] == "together" and not case["left_out"]
     assert all(len(one["times"]) == 2 and one["tokens"] == 32 and one["data"] == "random" for one in found.values())
     assert found["sltrain"]["parameters"] == found["naive"]["parameters"] < found["full_rank"]["parameters"]
+    assert sum(found["sltrain"]["modes"].values()) == 7 and not found["naive"]["modes"]
     assert all(one["peak"] > one["held"] >= 4 * 4 * one["parameters"] for one in found.values())
 
 
