@@ -21,7 +21,7 @@ backward see the same bits of W, or of A, B and S. No mode's bits depend on the 
 import torch
 
 from sltrain_ds.ops import sparse, spmm, workspace
-from sltrain_ds.ops.gemm import gemm_
+from sltrain_ds.ops.gemm import column_sum_, gemm_
 
 MODES = ("compose", "keep", "factored", "factored_dense")
 
@@ -33,14 +33,22 @@ def linear(x, A, B, values, rows, columns, scaling, bias=None, mode="compose"):
     support; mode one of MODES. Under autocast x is cast as ``nn.Linear`` casts it, and the parameters where they are
     used, so that no casted copy is saved.
     """
-    device = x.device.type
-    if not x.is_meta and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(device))
-    elif x.dtype != A.dtype:
+    dtype = compute_dtype(x)
+    if x.dtype != A.dtype and not _autocast(x):
         raise RuntimeError(f"x and the weights must have the same dtype, got {x.dtype} and {A.dtype}")
+    x = x.to(dtype)
     if mode == "keep" and not torch.is_grad_enabled():
         mode = "compose"  # nothing to keep W for
     return torch.ops.sltrain.linear(x, A, B, values, rows, columns, bias, scaling, mode)[0]
+
+
+def compute_dtype(x) -> torch.dtype:
+    """x's, or under autocast what ``nn.Linear`` would cast x to."""
+    return torch.get_autocast_dtype(x.device.type) if _autocast(x) else x.dtype
+
+
+def _autocast(x):
+    return not x.is_meta and x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type)
 
 
 def compose(A, B, values, rows, columns, scaling, dtype, out=None):
@@ -85,7 +93,7 @@ def _linear(
     gemm_(kept, flat, A.to(dtype).t())
     gemm_(flat_y, kept, B.to(dtype).t(), scaling, bias)
     if _sparse_is_dense(mode, x):
-        flat_y.addmm_(flat, _dense_sparse(flat, B, values, rows, columns).t())
+        gemm_(flat_y, flat, _dense_sparse(flat, B, values, rows, columns).t(), add=True)
     else:
         spmm.add_product_(flat_y, flat, rows, columns, values)
     return y, kept
@@ -118,11 +126,15 @@ def _linear_backward(
     need_A: bool,
     need_B: bool,
     need_values: bool,
+    need_bias: bool,
 ) -> list[torch.Tensor]:
-    grads = _gradient_buffers(x, A, B, values, need_x, need_A, need_B, need_values)
-    needs = (need_x, need_A, need_B, need_values)
-    backward = _backward_of_W if mode in ("compose", "keep") else _backward_of_factors
-    backward(_matrix(dy), _matrix(x), A, B, values, rows, columns, kept, scaling, mode, needs, grads)
+    grads = _gradient_buffers(x, A, B, values, need_x, need_A, need_B, need_values, need_bias)
+    needs, dy = (need_x, need_A, need_B, need_values), _matrix(dy)
+    if any(needs):
+        backward = _backward_of_W if mode in ("compose", "keep") else _backward_of_factors
+        backward(dy, _matrix(x), A, B, values, rows, columns, kept, scaling, mode, needs, grads[:4])
+    if need_bias:
+        column_sum_(grads[4], dy)
     return grads
 
 
@@ -160,15 +172,15 @@ def _backward_of_factors(dy, x, A, B, values, rows, columns, u, scaling, mode, n
         spmm.backward_(dy, x, rows, columns, values, flat_dx, dvalues)
         return
     if need_x:
-        flat_dx.addmm_(dy, _dense_sparse(x, B, values, rows, columns))
+        gemm_(flat_dx, dy, _dense_sparse(x, B, values, rows, columns), add=True)
     if need_values:
         dW = gemm_(workspace.take(B.shape[0], A.shape[1], dtype, x.device), dy.t(), x)
         sparse.gather(dW, rows, columns, out=dvalues)
 
 
 @_linear_backward.register_fake
-def _(dy, x, A, B, values, rows, columns, kept, scaling, mode, need_x, need_A, need_B, need_values):
-    return _gradient_buffers(x, A, B, values, need_x, need_A, need_B, need_values)
+def _(dy, x, A, B, values, rows, columns, kept, scaling, mode, need_x, need_A, need_B, need_values, need_bias):
+    return _gradient_buffers(x, A, B, values, need_x, need_A, need_B, need_values, need_bias)
 
 
 def _matrix(x):
@@ -178,8 +190,8 @@ def _matrix(x):
 
 def _gradient_buffers(x, A, B, values, *needed):
     # what is not needed comes back empty: an operator's outputs cannot be None
-    wanted = zip((x, A, B, values), needed, strict=True)
-    return [torch.empty(t.shape if need else (0,), dtype=t.dtype, device=t.device) for t, need in wanted]
+    wanted = zip((x, A, B, values, A), (x.shape, A.shape, B.shape, values.shape, B.shape[:1]), needed, strict=True)
+    return [torch.empty(shape if need else (0,), dtype=t.dtype, device=t.device) for t, shape, need in wanted]
 
 
 def _save(ctx, inputs, output):
@@ -188,21 +200,17 @@ def _save(ctx, inputs, output):
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(x, A, B, values, rows, columns, *output[1:] * (mode != "compose"))
     ctx.scaling, ctx.mode = scaling, mode
-    ctx.bias_dtype = None if bias is None else bias.dtype
 
 
 def _backward(ctx, dy, _):
     if dy is None:
         return (None,) * 9
     x, A, B, values, rows, columns, *kept = ctx.saved_tensors
-    needs = ctx.needs_input_grad
-    grads = [None] * 4
-    if any(needs[:4]):
-        found = torch.ops.sltrain.linear_backward(
-            dy, x, A, B, values, rows, columns, kept[0] if kept else None, ctx.scaling, ctx.mode, *needs[:4]
-        )
-        grads = [grad if need else None for grad, need in zip(found, needs[:4], strict=True)]
-    dbias = dy.reshape(-1, dy.shape[-1]).sum(0, dtype=ctx.bias_dtype) if needs[6] else None
+    needs = [*ctx.needs_input_grad[:4], ctx.needs_input_grad[6]]  # x, A, B, values, bias
+    found = torch.ops.sltrain.linear_backward(
+        dy, x, A, B, values, rows, columns, kept[0] if kept else None, ctx.scaling, ctx.mode, *needs
+    )
+    *grads, dbias = [grad if need else None for grad, need in zip(found, needs, strict=True)]
     return *grads, None, None, dbias, None, None
 
 
