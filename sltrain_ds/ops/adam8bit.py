@@ -86,6 +86,7 @@ def adam8bit_reference(
 
     Takes the operator's arguments; of ``tables`` it uses the maps and searches them by bisection.
     """
+    cuda.check_adam(p, g, m8, v8, absmax_m, absmax_v, tables, step, offset)
     signed, unsigned = tables[:512].view(torch.float32).split(256)
     m, v = _dequantize(m8, absmax_m, signed), _dequantize(v8, absmax_v, unsigned)
     wide = p.reshape(-1).float()

@@ -104,7 +104,7 @@ class Kernels:
         stochastic, seed, key, offset, grad_scale,
     ):  # fmt: skip
         tensors = (p, g, m8, v8, absmax_m, absmax_v, tables)
-        _check_adam(*tensors, step, offset)
+        check_adam(*tensors, step, offset)
         self._call(
             self._library.sltrain_cuda_adam8bit,
             *(p.data_ptr(), DTYPES[p.dtype], g.data_ptr(), DTYPES[g.dtype]),
@@ -200,7 +200,8 @@ def _check_support(W, rows, columns, values):
     _require(all(tensor.device == W.device for tensor in tensors), "W and the support must be on one device")
 
 
-def _check_adam(p, g, m8, v8, absmax_m, absmax_v, tables, step, offset):
+def check_adam(p, g, m8, v8, absmax_m, absmax_v, tables, step, offset):
+    """RuntimeError unless the 8-bit Adam step can take these; csrc/adam8bit.cpp checks the same."""
     tensors, blocks = (p, g, m8, v8, absmax_m, absmax_v, tables), -(-p.numel() // 256)
     _require(supports(p, g), f"adam8bit: parameter and gradient must be float32 or bfloat16, got {p.dtype}, {g.dtype}")
     _require(m8.dtype == v8.dtype == torch.uint8, "adam8bit: states must be uint8")
@@ -217,7 +218,10 @@ def _check_adam(p, g, m8, v8, absmax_m, absmax_v, tables, step, offset):
         "adam8bit: tensors must be contiguous, on one device",
     )
     _require(step >= 1, f"adam8bit: steps count from 1, got {step}")
-    _require(offset >= 0 and offset % 256 == 0, f"adam8bit: offset must be a multiple of 256, got {offset}")
+    _require(
+        offset >= 0 and offset % 256 == 0,
+        f"adam8bit: offset must be a multiple of 256, where a block begins, got {offset}",
+    )
 
 
 def _require(holds, line):

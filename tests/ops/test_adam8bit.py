@@ -285,7 +285,7 @@ def test_it_compiles_whole():
     assert torch.equal(found, expected) and same(compiled, eager)
 
 
-@needs_kernel
+@pytest.mark.parametrize("native", [pytest.param(True, marks=needs_kernel), False])
 @pytest.mark.parametrize(
     "change, reason",
     [
@@ -298,7 +298,8 @@ def test_it_compiles_whole():
         ({"offset": 255}, "offset must be a multiple of 256, where a block begins, got 255"),
     ],
 )
-def test_wrong_arguments_are_refused(change, reason):
+def test_wrong_arguments_are_refused(monkeypatch, change, reason, native):
+    monkeypatch.setattr(builder, "load", lambda: native)
     p = torch.zeros(300)
     names = ("m8", "v8", "absmax_m", "absmax_v")
     arguments = {"p": p, "g": p.clone(), "step": 1, "lr": 1e-3} | dict(zip(names, adam8bit.new_states(p), strict=True))
