@@ -2,14 +2,22 @@
 
 import os
 from pathlib import Path
+import sysconfig
 
 from setuptools import find_packages, setup
 
+LIBRARY = "sltrain_ds/ops/libsltrain_cuda.so"  # launch/build_cuda.sh
+
 ext_modules, cmdclass = [], {}
 if os.environ.get("SLTRAIN_BUILD_OPS") == "1":
+    import torch
     from torch.utils import cpp_extension
 
+    from sltrain_ds.ops import cuda_build
     from sltrain_ds.ops.builder import CXX_FLAGS, LINK_FLAGS
+
+    if torch.version.cuda and cuda_build.nvcc():
+        cuda_build.build(cuda_build.prebuilt())
 
     ext_modules = [
         cpp_extension.CppExtension(
@@ -32,7 +40,12 @@ setup(
     packages=[*find_packages(include=["sltrain_ds", "sltrain_ds.*"]), "sltrain_ds.csrc"],
     # the C++ sources travel inside the wheel, so that a node can build them at first use
     package_dir={"sltrain_ds.csrc": "csrc"},
-    package_data={"sltrain_ds.csrc": ["*.cpp", "*.h", "cuda/*"], "sltrain_ds": ["data/*.xz", "config/*.json"]},
+    package_data={
+        "sltrain_ds.csrc": ["*.cpp", "*.h", "cuda/*"],
+        "sltrain_ds": ["data/*.xz", "config/*.json", "ops/libsltrain_cuda.so"],
+    },
+    # the CUDA library fits every Python and torch, but one kind of machine
+    options={"bdist_wheel": {"plat_name": sysconfig.get_platform()}} if os.path.exists(LIBRARY) else {},
     install_requires=[
         "torch>=2.11,<2.14",
         "deepspeed>=0.19.8,<0.20",

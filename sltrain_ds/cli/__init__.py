@@ -19,6 +19,7 @@ VERBS = {
     "report": "report",
     "summary": "summary",
     "doctor": "doctor",
+    "bench": "bench",
 }
 
 

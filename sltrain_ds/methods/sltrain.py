@@ -9,7 +9,7 @@ from torch import nn
 from sltrain_ds.errors import UserError
 from sltrain_ds.methods.base import MethodLinear, uniform
 from sltrain_ds.methods.check import check_number, check_rank
-from sltrain_ds.ops import sltrain_linear, sparse, support
+from sltrain_ds.ops import modes, sltrain_linear, sparse, support
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,7 @@ class SLTrainLinear(MethodLinear):
         bias=False,
         support_seed=0,
         layer_name=None,
+        op_mode="auto",
         device=None,
         dtype=None,
     ):
@@ -90,6 +91,7 @@ class SLTrainLinear(MethodLinear):
         columns = torch.empty(self.nnz, dtype=support.column_dtype(in_features), device=device)
         self.register_buffer("S_rows", rows, persistent=False)
         self.register_buffer("S_columns", columns, persistent=False)
+        self.op_mode = op_mode
         self._stored = False
         self._checksum = None  # of the support that belongs here, once known
         self._checked = None  # the buffers that were last found to hold it
@@ -99,7 +101,7 @@ class SLTrainLinear(MethodLinear):
     def extra_repr(self):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
-            f"density={self.density}, alpha={self.alpha}, bias={self.bias is not None}"
+            f"density={self.density}, alpha={self.alpha}, bias={self.bias is not None}, op_mode={self.op_mode!r}"
         )
 
     @torch.no_grad()
@@ -112,10 +114,30 @@ class SLTrainLinear(MethodLinear):
         if self.bias is not None:
             self.bias.zero_()
 
+    @property
+    def op_mode(self):
+        """How the layer computes: "auto" (chosen at the first forward for its token count) or one of modes.MODES."""
+        return self._op_mode
+
+    @op_mode.setter
+    def op_mode(self, mode):
+        self._op_mode = modes.check(mode)
+        self.current_mode = None if mode == "auto" else mode
+
+    def _choose_mode(self, x):
+        """The mode of this layer from now on: a function of shapes, dtype and device, so the same on every rank."""
+        if x.is_meta:
+            return "compose"
+        tokens = x.numel() // max(1, self.in_features)
+        sizes = (self.out_features, self.in_features, self.rank, self.nnz, tokens)
+        self.current_mode = modes.choose(*sizes, sltrain_linear.compute_dtype(x), x.device.type)
+        return self.current_mode
+
     def forward(self, x):
         self.ensure_support()
+        mode = self.current_mode or self._choose_mode(x)
         return sltrain_linear.linear(
-            x, self.A, self.B, self.S_values, self.S_rows, self.S_columns, self.scaling, self.bias
+            x, self.A, self.B, self.S_values, self.S_rows, self.S_columns, self.scaling, self.bias, mode
         )
 
     @torch.no_grad()

@@ -21,6 +21,7 @@ from sltrain_ds.errors import UserError
 CXX_FLAGS = [
     "-O3",
     "-fopenmp",
+    "-fno-math-errno",  # square roots vectorise
 ]  # torch adds the C++ standard it needs; no -march, so that a cluster can share the cache
 LINK_FLAGS = ["-fopenmp"]
 
@@ -35,8 +36,17 @@ def load() -> bool:
 
 
 def build_ahead(verbose: bool = False) -> tuple[str, str]:
-    """Build now, before any rank starts: ``load`` and then how it went, as ``status`` tells it."""
+    """Build now, before any rank starts: ``load`` and then how it went, as ``status`` tells it.
+
+    Where there is a GPU, the CUDA kernels too (``cuda.status``).
+    """
     _load(verbose)
+    import torch
+
+    if torch.cuda.is_available():
+        from sltrain_ds.ops import cuda
+
+        cuda.load()
     return _state
 
 

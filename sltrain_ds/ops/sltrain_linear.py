@@ -1,42 +1,72 @@
 """y = x W^T + b with W = scaling * B A + S, as a torch.library operator with fake and autograd parts.
 
-Compose mode: W is built in one workspace shared by all layers (one GEMM with the scaling folded in, then S scattered
-in), used in one dense GEMM, and forgotten; the backward builds it again. Saved for the backward: x and the
-parameters.
+Four ways to the same result (``modes`` chooses):
 
-Precision: the compute dtype is x's. A and B enter the GEMM in it, which accumulates in fp32 and rounds BA once; S is
-added in fp32 and rounded once. So W in bf16 carries two roundings (2^-9 relative each) and the workspace stays at two
-bytes an element, where an fp32 workspace would double both. dW is one bf16 GEMM, accumulated in fp32; dA and dB are
-GEMMs over it, and dS reads it at the support. Forward and backward build W from the same tensors in the same way:
-they see the same bits.
+compose         W is built in one workspace shared by all layers (one GEMM with the scaling folded in, then S scattered
+                in), used in one dense GEMM, and forgotten; the backward builds it again. Saved for the backward: x and
+                the parameters.
+keep            the same, but W is held from forward to backward.
+factored        W is never built: u = x A^T, y = scaling * u B^T + x S^T through a blocked sparse product (``spmm``).
+                Saved: x, the parameters and u.
+factored_dense  factored, with S alone made dense in the workspace. Also what factored does on a GPU and without the
+                C++ ops.
+
+Precision: the compute dtype is x's. GEMMs accumulate in fp32 and round once. In compose and keep, S is added to BA in
+fp32 and rounded once: so W in bf16 carries two roundings (2^-9 relative each), and the workspace stays at two bytes an
+element, where an fp32 workspace would double both; dW is one GEMM, dA and dB are GEMMs over it, and dS reads it at the
+support. In the factored modes u and du carry one rounding, y and dx one for each of their two parts. Forward and
+backward see the same bits of W, or of A, B and S. No mode's bits depend on the number of CPU threads.
 """
 
 import torch
 
-from sltrain_ds.ops import sparse, workspace
+from sltrain_ds.ops import sparse, spmm, workspace
+from sltrain_ds.ops.gemm import column_sum_, gemm_
+
+MODES = ("compose", "keep", "factored", "factored_dense")
 
 
-def linear(x, A, B, values, rows, columns, scaling, bias=None):
+def linear(x, A, B, values, rows, columns, scaling, bias=None, mode="compose"):
     """y (..., out) = x (..., in) W^T + bias.
 
     A (rank, in), B (out, rank), values (nnz,), bias (out,) or None; rows int32 (out + 1) and columns (nnz,) a checked
-    support. Under autocast x is cast as ``nn.Linear`` casts it, and the parameters where W is built, so that no
-    casted copy is saved.
+    support; mode one of MODES. Under autocast x is cast as ``nn.Linear`` casts it, and the parameters where they are
+    used, so that no casted copy is saved.
     """
-    device = x.device.type
-    if not x.is_meta and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(device))
-    elif x.dtype != A.dtype:
+    dtype = compute_dtype(x)
+    if x.dtype != A.dtype and not _autocast(x):
         raise RuntimeError(f"x and the weights must have the same dtype, got {x.dtype} and {A.dtype}")
-    return torch.ops.sltrain.linear(x, A, B, values, rows, columns, bias, scaling)
+    x = x.to(dtype)
+    if mode == "keep" and not torch.is_grad_enabled():
+        mode = "compose"  # nothing to keep W for
+    return torch.ops.sltrain.linear(x, A, B, values, rows, columns, bias, scaling, mode)[0]
 
 
-def compose(A, B, values, rows, columns, scaling, dtype):
-    """W (out, in) in the shared workspace: valid until the workspace is taken again."""
-    W = workspace.take(B.shape[0], A.shape[1], dtype, A.device)
-    torch.addmm(W, B.to(dtype), A.to(dtype), beta=0, alpha=scaling, out=W)
+def compute_dtype(x) -> torch.dtype:
+    """x's, or under autocast what ``nn.Linear`` would cast x to."""
+    return torch.get_autocast_dtype(x.device.type) if _autocast(x) else x.dtype
+
+
+def _autocast(x):
+    return not x.is_meta and x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type)
+
+
+def compose(A, B, values, rows, columns, scaling, dtype, out=None):
+    """W (out, in): in ``out``, or in the shared workspace, valid until that is taken again."""
+    W = workspace.take(B.shape[0], A.shape[1], dtype, A.device) if out is None else out
+    gemm_(W, B.to(dtype), A.to(dtype), scaling)
     sparse.scatter_add_(W, rows, columns, values)
     return W
+
+
+def _dense_sparse(x, B, values, rows, columns):
+    S = workspace.take(B.shape[0], x.shape[1], x.dtype, x.device).zero_()
+    sparse.scatter_add_(S, rows, columns, values)
+    return S
+
+
+def _sparse_is_dense(mode, x):
+    return mode == "factored_dense" or not spmm.available(x.device)
 
 
 @torch.library.custom_op("sltrain::linear", mutates_args=())
@@ -49,16 +79,35 @@ def _linear(
     columns: torch.Tensor,
     bias: torch.Tensor | None,
     scaling: float,
-) -> torch.Tensor:
-    W = compose(A, B, values, rows, columns, scaling, x.dtype)
-    flat = x.reshape(-1, x.shape[-1])
-    y = torch.mm(flat, W.t()) if bias is None else torch.addmm(bias.to(x.dtype), flat, W.t())
-    return y.view(*x.shape[:-1], W.shape[0])
+    mode: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(y, what the mode keeps for the backward: W, u, or nothing)"""
+    flat, dtype = _matrix(x), x.dtype
+    bias = None if bias is None else bias.to(dtype)
+    y, kept = _outputs(x, A, B, mode)
+    flat_y = y.view(-1, B.shape[0])
+    if mode in ("compose", "keep"):
+        W = compose(A, B, values, rows, columns, scaling, dtype, kept if mode == "keep" else None)
+        gemm_(flat_y, flat, W.t(), bias=bias)
+        return y, kept
+    gemm_(kept, flat, A.to(dtype).t())
+    gemm_(flat_y, kept, B.to(dtype).t(), scaling, bias)
+    if _sparse_is_dense(mode, x):
+        gemm_(flat_y, flat, _dense_sparse(flat, B, values, rows, columns).t(), add=True)
+    else:
+        spmm.add_product_(flat_y, flat, rows, columns, values)
+    return y, kept
 
 
 @_linear.register_fake
-def _(x, A, B, values, rows, columns, bias, scaling):
-    return x.new_empty(*x.shape[:-1], B.shape[0])
+def _(x, A, B, values, rows, columns, bias, scaling, mode):
+    return _outputs(x, A, B, mode)
+
+
+def _outputs(x, A, B, mode):
+    sizes = {"keep": (B.shape[0], A.shape[1]), "compose": (0,)}
+    kept = sizes.get(mode) or (x.numel() // max(1, x.shape[-1]), A.shape[0])
+    return x.new_empty(*x.shape[:-1], B.shape[0]), x.new_empty(kept)
 
 
 @torch.library.custom_op("sltrain::linear_backward", mutates_args=())
@@ -70,64 +119,99 @@ def _linear_backward(
     values: torch.Tensor,
     rows: torch.Tensor,
     columns: torch.Tensor,
+    kept: torch.Tensor | None,
     scaling: float,
+    mode: str,
     need_x: bool,
     need_A: bool,
     need_B: bool,
     need_values: bool,
+    need_bias: bool,
 ) -> list[torch.Tensor]:
-    dtype = x.dtype
-    dx, dA, dB, dvalues = grads = _gradient_buffers(x, A, B, values, need_x, need_A, need_B, need_values)
-    flat_dy = dy.reshape(-1, dy.shape[-1])
-    if need_x:
-        W = compose(A, B, values, rows, columns, scaling, dtype)
-        torch.mm(flat_dy, W, out=dx.view(-1, x.shape[-1]))
-    if need_A or need_B or need_values:
-        dW = workspace.take(B.shape[0], A.shape[1], dtype, x.device)
-        torch.mm(flat_dy.t(), x.reshape(-1, x.shape[-1]), out=dW)
-        if need_values:
-            sparse.gather(dW, rows, columns, out=dvalues)
-        if need_A:
-            _scaled_product(B.to(dtype).t(), dW, scaling, out=dA)
-        if need_B:
-            _scaled_product(dW, A.to(dtype).t(), scaling, out=dB)
+    grads = _gradient_buffers(x, A, B, values, need_x, need_A, need_B, need_values, need_bias)
+    needs, dy = (need_x, need_A, need_B, need_values), _matrix(dy)
+    if any(needs):
+        backward = _backward_of_W if mode in ("compose", "keep") else _backward_of_factors
+        backward(dy, _matrix(x), A, B, values, rows, columns, kept, scaling, mode, needs, grads[:4])
+    if need_bias:
+        column_sum_(grads[4], dy)
     return grads
 
 
-def _scaled_product(left, right, scaling, out):
-    if out.dtype == left.dtype:
-        torch.addmm(out, left, right, beta=0, alpha=scaling, out=out)
-    else:  # autocast: the gradient is wider than the product
-        out.copy_(torch.mm(left, right)).mul_(scaling)
+def _backward_of_W(dy, x, A, B, values, rows, columns, kept, scaling, mode, needs, grads):
+    (dx, dA, dB, dvalues), (need_x, need_A, need_B, need_values) = grads, needs
+    dtype = x.dtype
+    if need_x:
+        W = kept if mode == "keep" else compose(A, B, values, rows, columns, scaling, dtype)
+        gemm_(dx.view(x.shape), dy, W)
+    if need_A or need_B or need_values:
+        dW = gemm_(workspace.take(B.shape[0], A.shape[1], dtype, x.device), dy.t(), x)
+        if need_values:
+            sparse.gather(dW, rows, columns, out=dvalues)
+        if need_A:
+            gemm_(dA, B.to(dtype).t(), dW, scaling)
+        if need_B:
+            gemm_(dB, dW, A.to(dtype).t(), scaling)
+
+
+def _backward_of_factors(dy, x, A, B, values, rows, columns, u, scaling, mode, needs, grads):
+    (dx, dA, dB, dvalues), (need_x, need_A, need_B, need_values) = grads, needs
+    dtype = x.dtype
+    if need_x or need_A:
+        du = gemm_(dy.new_empty(u.shape), dy, B.to(dtype), scaling)
+    if need_A:
+        gemm_(dA, du.t(), x)
+    if need_B:
+        gemm_(dB, dy.t(), u, scaling)
+    flat_dx = dx.view(x.shape) if need_x else dx
+    if need_x:
+        gemm_(flat_dx, du, A.to(dtype))
+    if not (need_x or need_values):
+        return
+    if not _sparse_is_dense(mode, x):
+        spmm.backward_(dy, x, rows, columns, values, flat_dx, dvalues)
+        return
+    if need_x:
+        gemm_(flat_dx, dy, _dense_sparse(x, B, values, rows, columns), add=True)
+    if need_values:
+        dW = gemm_(workspace.take(B.shape[0], A.shape[1], dtype, x.device), dy.t(), x)
+        sparse.gather(dW, rows, columns, out=dvalues)
 
 
 @_linear_backward.register_fake
-def _(dy, x, A, B, values, rows, columns, scaling, need_x, need_A, need_B, need_values):
-    return _gradient_buffers(x, A, B, values, need_x, need_A, need_B, need_values)
+def _(dy, x, A, B, values, rows, columns, kept, scaling, mode, need_x, need_A, need_B, need_values, need_bias):
+    return _gradient_buffers(x, A, B, values, need_x, need_A, need_B, need_values, need_bias)
+
+
+def _matrix(x):
+    """(tokens, features), contiguous"""
+    return x.reshape(-1, x.shape[-1]).contiguous()
 
 
 def _gradient_buffers(x, A, B, values, *needed):
     # what is not needed comes back empty: an operator's outputs cannot be None
-    wanted = zip((x, A, B, values), needed, strict=True)
-    return [torch.empty(t.shape if need else (0,), dtype=t.dtype, device=t.device) for t, need in wanted]
+    wanted = zip((x, A, B, values, A), (x.shape, A.shape, B.shape, values.shape, B.shape[:1]), needed, strict=True)
+    return [torch.empty(shape if need else (0,), dtype=t.dtype, device=t.device) for t, shape, need in wanted]
 
 
 def _save(ctx, inputs, output):
-    x, A, B, values, rows, columns, bias, scaling = inputs
-    ctx.save_for_backward(x, A, B, values, rows, columns)
-    ctx.scaling = scaling
-    ctx.bias_dtype = None if bias is None else bias.dtype
+    x, A, B, values, rows, columns, bias, scaling, mode = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(x, A, B, values, rows, columns, *output[1:] * (mode != "compose"))
+    ctx.scaling, ctx.mode = scaling, mode
 
 
-def _backward(ctx, dy):
-    x, A, B, values, rows, columns = ctx.saved_tensors
-    needs = ctx.needs_input_grad
-    grads = [None] * 4
-    if any(needs[:4]):
-        found = torch.ops.sltrain.linear_backward(dy, x, A, B, values, rows, columns, ctx.scaling, *needs[:4])
-        grads = [grad if need else None for grad, need in zip(found, needs[:4], strict=True)]
-    dbias = dy.reshape(-1, dy.shape[-1]).sum(0, dtype=ctx.bias_dtype) if needs[6] else None
-    return *grads, None, None, dbias, None
+def _backward(ctx, dy, _):
+    if dy is None:
+        return (None,) * 9
+    x, A, B, values, rows, columns, *kept = ctx.saved_tensors
+    needs = [*ctx.needs_input_grad[:4], ctx.needs_input_grad[6]]  # x, A, B, values, bias
+    found = torch.ops.sltrain.linear_backward(
+        dy, x, A, B, values, rows, columns, kept[0] if kept else None, ctx.scaling, ctx.mode, *needs
+    )
+    *grads, dbias = [grad if need else None for grad, need in zip(found, needs, strict=True)]
+    return *grads, None, None, dbias, None, None
 
 
 def _refuse(ctx, *grads):

@@ -18,9 +18,14 @@ def take(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> t
     return buffer[: rows * columns].view(rows, columns)
 
 
+def buffers() -> list[torch.Tensor]:
+    """All workspaces, flat."""
+    return list(_buffers.values())
+
+
 def nbytes() -> int:
     """Bytes held in workspaces."""
-    return sum(buffer.numel() * buffer.element_size() for buffer in _buffers.values())
+    return sum(buffer.numel() * buffer.element_size() for buffer in buffers())
 
 
 def release() -> None:

@@ -1,0 +1,252 @@
+// Blockwise 8-bit Adam step on the CPU; adam8bit.h says what happens to one element, sltrain_ds/ops/adam8bit.py why.
+// A block of 256 values is worked on by one thread from end to end, so results do not depend on the number of threads.
+
+// sums and products keep their own roundings in every clone; square roots vectorise by the build's -fno-math-errno
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC optimize("fp-contract=off")
+#elif defined(__clang__)
+#pragma clang fp contract(off)
+#endif
+
+#include "adam8bit.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <c10/util/BFloat16.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+#define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq")))
+#endif
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define VECTOR_CLONES __attribute__((target_clones("default", "avx2", "avx512f")))
+#else
+#define VECTOR_CLONES
+#endif
+
+namespace sltrain {
+namespace {
+
+constexpr int kAhead = 2;  // blocks between the one that is prefetched and the one that is worked on
+
+// One block in fp32, padded with zeros where it is ragged.
+struct Block {
+  alignas(64) float p[kStateBlock], g[kStateBlock], m[kStateBlock], v[kStateBlock];
+  alignas(64) uint8_t m8[kStateBlock], v8[kStateBlock];
+  alignas(64) uint16_t half[kStateBlock];  // p or g in bf16
+};
+
+struct Tables {
+  const float *signed_map, *unsigned_map;
+  const uint32_t *signed_buckets, *unsigned_buckets;
+};
+
+VECTOR_CLONES void widen(const uint16_t* __restrict from, float* __restrict to) {
+  for (int i = 0; i < kStateBlock; ++i) to[i] = from_bf16(from[i]);
+}
+
+VECTOR_CLONES void round_to_nearest(const float* __restrict from, uint16_t* __restrict to) {
+  for (int i = 0; i < kStateBlock; ++i) to[i] = to_bf16(from[i], nearest_even(from[i]));
+}
+
+VECTOR_CLONES void round_stochastically(const BlockNoise& block, const float* __restrict from,
+                                        uint16_t* __restrict to) {
+  const BlockNoise noise = block;
+  for (uint32_t i = 0; i < kStateBlock; ++i) to[i] = to_bf16(from[i], rounding_noise(noise, i));
+}
+
+VECTOR_CLONES void dequantize(const float* __restrict map, const uint8_t* __restrict codes, float absmax,
+                              float* __restrict out) {
+  for (int i = 0; i < kStateBlock; ++i) out[i] = map[static_cast<int>(codes[i])] * absmax;
+}
+
+VECTOR_CLONES void quantize(bool is_signed, const uint32_t* __restrict buckets, const float* __restrict x,
+                            float inverse, uint8_t* __restrict codes) {
+  int32_t words[kStateBlock];  // gcc vectorises look-ups into full words
+  if (is_signed) {
+    for (int i = 0; i < kStateBlock; ++i) words[i] = quantize_signed(buckets, x[i] * inverse);
+  } else {
+    for (int i = 0; i < kStateBlock; ++i) words[i] = quantize_unsigned(buckets, x[i] * inverse);
+  }
+  for (int i = 0; i < kStateBlock; ++i) codes[i] = static_cast<uint8_t>(words[i]);
+}
+
+#ifdef AVX512
+// The two look-ups once more: gcc does not gather by itself.
+AVX512 void dequantize_avx512(const float* map, const uint8_t* codes, float absmax, float* out) {
+  const __m512 scale = _mm512_set1_ps(absmax);
+  for (int i = 0; i < kStateBlock; i += 16) {
+    const __m512i code = _mm512_cvtepu8_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(codes + i)));
+    _mm512_store_ps(out + i, _mm512_mul_ps(_mm512_i32gather_ps(code, map, 4), scale));
+  }
+}
+
+AVX512 void quantize_avx512(bool is_signed, const uint32_t* buckets, const float* x, float inverse, uint8_t* codes) {
+  const __m512 scale = _mm512_set1_ps(inverse);
+  const __m512i smallest = _mm512_set1_epi32(kFirstBucket << kBucketShift), one = _mm512_set1_epi32(0x3F800000);
+  const __m512i zero = _mm512_setzero_si512(), zero_code = _mm512_set1_epi32(kZeroCode);
+  for (int i = 0; i < kStateBlock; i += 16) {
+    const __m512i bits = _mm512_castps_si512(_mm512_mul_ps(_mm512_load_ps(x + i), scale));
+    const __m512i negative = is_signed ? _mm512_srli_epi32(bits, 31) : zero;
+    __m512i magnitude = _mm512_and_si512(bits, _mm512_set1_epi32(0x7FFFFFFF));
+    magnitude = _mm512_max_epi32(_mm512_min_epi32(magnitude, one), smallest);
+    const __m512i bucket = _mm512_sub_epi32(_mm512_srli_epi32(magnitude, kBucketShift), _mm512_set1_epi32(kFirstBucket));
+    const __m512i low = _mm512_add_epi32(_mm512_and_si512(magnitude, _mm512_set1_epi32(0xFFFF)), negative);
+    const __m512i count = _mm512_srli_epi32(_mm512_add_epi32(_mm512_i32gather_epi32(bucket, buckets, 4), low), kCarryBits);
+    __m512i code = count;
+    if (is_signed) {
+      code = _mm512_mask_sub_epi32(_mm512_add_epi32(zero_code, count), _mm512_movepi32_mask(bits), zero_code, count);
+      code = _mm512_max_epi32(code, zero);
+    }
+    _mm_store_si128(reinterpret_cast<__m128i*>(codes + i), _mm512_cvtepi32_epi8(code));
+  }
+}
+
+const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+#else
+constexpr bool has_avx512 = false;
+constexpr auto dequantize_avx512 = dequantize;
+constexpr auto quantize_avx512 = quantize;
+#endif
+
+// p, m and v after the step, and the largest |m| and |v| as integers: their maximum is exact in any order, and NaN is
+// above everything
+VECTOR_CLONES void update(const AdamStep& s, Block& block, float& absmax_m, float& absmax_v) {
+  const AdamStep step = s;
+  const float* __restrict g = block.g;
+  float* __restrict p = block.p;
+  float* __restrict m = block.m;
+  float* __restrict v = block.v;
+  uint32_t largest_m = 0, largest_v = 0;
+  for (int i = 0; i < kStateBlock; ++i) {
+    float p_i = p[i], m_i = m[i], v_i = v[i];
+    adam_update(step, g[i], p_i, m_i, v_i);
+    p[i] = p_i;
+    m[i] = m_i;
+    v[i] = v_i;
+    const uint32_t bits_m = bits_of(m_i) & 0x7FFFFFFFu, bits_v = bits_of(v_i) & 0x7FFFFFFFu;
+    largest_m = bits_m > largest_m ? bits_m : largest_m;
+    largest_v = bits_v > largest_v ? bits_v : largest_v;
+  }
+  absmax_m = float_of(largest_m);
+  absmax_v = float_of(largest_v);
+}
+
+void step_block(const AdamStep& s, const Tables& tables, Block& block, float& absmax_m, float& absmax_v) {
+  const auto widen_state = has_avx512 ? dequantize_avx512 : dequantize;
+  const auto narrow_state = has_avx512 ? quantize_avx512 : quantize;
+  widen_state(tables.signed_map, block.m8, absmax_m, block.m);
+  widen_state(tables.unsigned_map, block.v8, absmax_v, block.v);
+  update(s, block, absmax_m, absmax_v);
+  narrow_state(true, tables.signed_buckets, block.m, inverse_of(absmax_m), block.m8);
+  narrow_state(false, tables.unsigned_buckets, block.v, inverse_of(absmax_v), block.v8);
+}
+
+void read(const float* from, int64_t n, float* to, uint16_t*) {
+  std::copy_n(from, n, to);
+  std::fill(to + n, to + kStateBlock, 0.0f);
+}
+
+void read(const c10::BFloat16* from, int64_t n, float* to, uint16_t* half) {
+  std::memcpy(half, from, n * sizeof *half);
+  std::fill(half + n, half + kStateBlock, uint16_t{0});
+  widen(half, to);
+}
+
+void write(const Block& block, int64_t n, float* to) { std::copy_n(block.p, n, to); }
+void write(const Block& block, int64_t n, c10::BFloat16* to) { std::memcpy(to, block.half, n * sizeof *to); }
+
+// A block's worth, on its way into the cache: four arrays at once are more than some CPUs follow by themselves.
+template <typename T>
+void prefetch(const T* from) {
+#ifdef __GNUC__
+  for (int i = 0; i < kStateBlock; i += 64 / sizeof(T)) __builtin_prefetch(from + i);
+#endif
+}
+
+template <typename P, typename G>
+void run(const AdamStep& s, const Tables& tables, int64_t numel, int64_t offset, P* p, const G* g, uint8_t* m8,
+         uint8_t* v8, float* absmax_m, float* absmax_v) {
+  at::parallel_for(0, (numel + kStateBlock - 1) / kStateBlock, 64, [&](int64_t begin, int64_t end) {
+    Block block;
+    for (int64_t index = begin; index < end; ++index) {
+      const int64_t first = index * kStateBlock, n = std::min<int64_t>(kStateBlock, numel - first);
+      const int64_t ahead = first + kAhead * kStateBlock;
+      if (ahead + kStateBlock <= numel) {
+        prefetch(p + ahead);
+        prefetch(g + ahead);
+        prefetch(m8 + ahead);
+        prefetch(v8 + ahead);
+      }
+      read(p + first, n, block.p, block.half);
+      read(g + first, n, block.g, block.half);
+      std::copy_n(m8 + first, n, block.m8);
+      std::copy_n(v8 + first, n, block.v8);
+      std::fill(block.m8 + n, block.m8 + kStateBlock, uint8_t{kZeroCode});
+      std::fill(block.v8 + n, block.v8 + kStateBlock, uint8_t{0});
+      step_block(s, tables, block, absmax_m[index], absmax_v[index]);
+      if constexpr (!std::is_same_v<P, float>) {
+        if (s.stochastic) {
+          round_stochastically(block_noise(s, offset / kStateBlock + index), block.p, block.half);
+        } else {
+          round_to_nearest(block.p, block.half);
+        }
+      }
+      write(block, n, p + first);
+      std::copy_n(block.m8, n, m8 + first);
+      std::copy_n(block.v8, n, v8 + first);
+    }
+  });
+}
+
+}  // namespace
+
+void check_adam8bit(const at::Tensor& p, const at::Tensor& g, const at::Tensor& m8, const at::Tensor& v8,
+                    const at::Tensor& absmax_m, const at::Tensor& absmax_v, const at::Tensor& tables, int64_t step,
+                    int64_t offset) {
+  const int64_t numel = p.numel(), blocks = (numel + kStateBlock - 1) / kStateBlock;
+  for (const auto* t : {&p, &g}) {
+    TORCH_CHECK(t->scalar_type() == at::kFloat || t->scalar_type() == at::kBFloat16,
+                "adam8bit: parameter and gradient must be float32 or bfloat16, got ", t->scalar_type());
+  }
+  for (const auto* t : {&m8, &v8}) TORCH_CHECK(t->scalar_type() == at::kByte, "adam8bit: states must be uint8");
+  for (const auto* t : {&absmax_m, &absmax_v}) {
+    TORCH_CHECK(t->scalar_type() == at::kFloat && t->numel() == blocks, "adam8bit: absmax must be float32 (", blocks, ",)");
+  }
+  TORCH_CHECK(g.numel() == numel && m8.numel() == numel && v8.numel() == numel,
+              "adam8bit: parameter, gradient and states differ in size");
+  TORCH_CHECK(tables.scalar_type() == at::kInt && tables.numel() == kTableWords, "adam8bit: tables must be int32 (",
+              kTableWords, ",)");
+  for (const auto* t : {&p, &g, &m8, &v8, &absmax_m, &absmax_v, &tables}) {
+    TORCH_CHECK(t->is_contiguous() && t->device() == p.device(), "adam8bit: tensors must be contiguous, on one device");
+  }
+  TORCH_CHECK(step >= 1, "adam8bit: steps count from 1, got ", step);
+  TORCH_CHECK(offset >= 0 && offset % kStateBlock == 0, "adam8bit: offset must be a multiple of ", kStateBlock,
+              ", where a block begins, got ", offset);
+}
+
+void adam8bit_step(const at::Tensor& p, const at::Tensor& g, const at::Tensor& m8, const at::Tensor& v8,
+                   const at::Tensor& absmax_m, const at::Tensor& absmax_v, const at::Tensor& tables,
+                   const AdamStep& s, int64_t offset) {
+  const auto* words = reinterpret_cast<const uint32_t*>(tables.const_data_ptr<int32_t>());
+  const auto* maps = reinterpret_cast<const float*>(words);
+  const Tables parts{maps, maps + 256, words + 512, words + 512 + kBuckets};
+  const auto with = [&](auto* parameter, const auto* gradient) {
+    run(s, parts, p.numel(), offset, parameter, gradient, m8.mutable_data_ptr<uint8_t>(),
+        v8.mutable_data_ptr<uint8_t>(), absmax_m.mutable_data_ptr<float>(), absmax_v.mutable_data_ptr<float>());
+  };
+  const auto with_gradient = [&](auto* parameter) {
+    if (g.scalar_type() == at::kFloat) return with(parameter, g.const_data_ptr<float>());
+    with(parameter, g.const_data_ptr<c10::BFloat16>());
+  };
+  if (p.scalar_type() == at::kFloat) return with_gradient(p.mutable_data_ptr<float>());
+  with_gradient(p.mutable_data_ptr<c10::BFloat16>());
+}
+
+}  // namespace sltrain

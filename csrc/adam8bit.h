@@ -1,0 +1,138 @@
+// One element of the blockwise 8-bit Adam step, for the CPU and the CUDA kernel: shared, so that both give the same bits.
+// Every product and sum is rounded by itself: adam8bit.cpp switches contraction to FMA off, nvcc gets -fmad=false.
+// Free of torch and CUDA headers. sltrain_ds/ops/adam8bit.py says what is computed and builds the tables.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#ifdef __CUDACC__
+#define SLTRAIN_BOTH __host__ __device__ __forceinline__
+#else
+#define SLTRAIN_BOTH inline
+#endif
+
+namespace sltrain {
+
+constexpr int kStateBlock = 256;         // values that share one absmax
+constexpr int kZeroCode = 127;           // where the signed map holds 0
+constexpr int kBucketShift = 16;         // a bucket: floats that agree in exponent and the first 7 mantissa bits
+constexpr int kFirstBucket = 104 << 7;   // 2^-23, below every bound between two codes
+constexpr int kBuckets = 23 * 128 + 1;   // up to 1.0
+constexpr int kCarryBits = 17;           // a bucket's entry: the bounds below it, above these bits; they carry past its own
+constexpr int kTableWords = 2 * 256 + 2 * kBuckets;  // signed map, unsigned map, buckets of each
+
+// The scalars of a step, each rounded to fp32 once.
+struct AdamStep {
+  float grad_scale, l2, decay;  // g * grad_scale + l2 * p; p * decay
+  float beta1, rest1, beta2, rest2;
+  float root_scale, eps, step_size;  // p - step_size * m / (sqrt(v) * root_scale + eps)
+  uint32_t key0, key1;               // of the rounding noise
+  bool stochastic;
+};
+
+SLTRAIN_BOTH uint64_t mix_key(uint64_t state, uint64_t word) {
+  uint64_t z = (state ^ word) + 0x9E3779B97F4A7C15ull;
+  z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
+  z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
+  return z ^ (z >> 31);
+}
+
+inline AdamStep adam_step(double lr, double beta1, double beta2, double eps, double weight_decay, bool decoupled,
+                          int64_t step, bool stochastic, int64_t seed, int64_t key, double grad_scale) {
+  AdamStep s;
+  s.grad_scale = static_cast<float>(grad_scale);
+  s.l2 = decoupled ? 0.0f : static_cast<float>(weight_decay);
+  s.decay = decoupled ? static_cast<float>(1.0 - lr * weight_decay) : 1.0f;
+  s.beta1 = static_cast<float>(beta1);
+  s.rest1 = static_cast<float>(1.0 - beta1);
+  s.beta2 = static_cast<float>(beta2);
+  s.rest2 = static_cast<float>(1.0 - beta2);
+  s.root_scale = static_cast<float>(1.0 / std::sqrt(1.0 - std::pow(beta2, static_cast<double>(step))));
+  s.eps = static_cast<float>(eps);
+  s.step_size = static_cast<float>(lr / (1.0 - std::pow(beta1, static_cast<double>(step))));
+  const uint64_t noise = mix_key(mix_key(mix_key(0, static_cast<uint64_t>(seed)), static_cast<uint64_t>(step)),
+                                 static_cast<uint64_t>(key));
+  s.key0 = static_cast<uint32_t>(noise);
+  s.key1 = static_cast<uint32_t>(noise >> 32);
+  s.stochastic = stochastic;
+  return s;
+}
+
+SLTRAIN_BOTH uint32_t bits_of(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+SLTRAIN_BOTH float float_of(uint32_t bits) {
+  float x;
+  memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+// In place: p, m and v of one element become those after the step, in fp32.
+SLTRAIN_BOTH void adam_update(const AdamStep& s, float g, float& p, float& m, float& v) {
+  g = g * s.grad_scale + s.l2 * p;
+  m = m * s.beta1 + s.rest1 * g;
+  v = v * s.beta2 + s.rest2 * (g * g);
+  p = p * s.decay - s.step_size * (m / (sqrtf(v) * s.root_scale + s.eps));
+}
+
+// The factor that brings a block into [-1, 1].
+SLTRAIN_BOTH float inverse_of(float absmax) { return 1.0f / (absmax < 1e-38f ? 1e-38f : absmax); }
+
+// How many bounds between positive codes lie below |x| (at or below it where `negative`: ties go to the lower code).
+SLTRAIN_BOTH uint32_t bounds_below(const uint32_t* buckets, uint32_t magnitude, uint32_t negative) {
+  constexpr uint32_t kSmallest = static_cast<uint32_t>(kFirstBucket) << kBucketShift, kOne = 0x3F800000u;
+  magnitude = magnitude < kOne ? magnitude : kOne;  // NaN too: the index stays inside
+  magnitude = magnitude > kSmallest ? magnitude : kSmallest;
+  return (buckets[static_cast<int>(magnitude >> kBucketShift) - kFirstBucket] + (magnitude & 0xFFFFu) + negative) >>
+         kCarryBits;
+}
+
+SLTRAIN_BOTH uint8_t quantize_signed(const uint32_t* buckets, float scaled) {
+  const uint32_t bits = bits_of(scaled), negative = bits >> 31;
+  const int count = static_cast<int>(bounds_below(buckets, bits & 0x7FFFFFFFu, negative));
+  const int code = negative ? kZeroCode - count : kZeroCode + count;
+  return static_cast<uint8_t>(code > 0 ? code : 0);  // the map ends at -0.993, so its last bound has no mirror image
+}
+
+SLTRAIN_BOTH uint8_t quantize_unsigned(const uint32_t* buckets, float scaled) {
+  return static_cast<uint8_t>(bounds_below(buckets, bits_of(scaled) & 0x7FFFFFFFu, 0));
+}
+
+SLTRAIN_BOTH uint32_t mix_noise(uint32_t h) {
+  h = (h ^ (h >> 16)) * 0x85EBCA6Bu;
+  h = (h ^ (h >> 13)) * 0xC2B2AE35u;
+  return h ^ (h >> 16);
+}
+
+// The noise of one block of one parameter at one step.
+struct BlockNoise {
+  uint32_t start, flip;
+};
+
+SLTRAIN_BOTH BlockNoise block_noise(const AdamStep& s, int64_t block) {
+  const uint32_t start = mix_noise(static_cast<uint32_t>(block) ^ s.key0);
+  return {start, mix_noise(start + (s.key1 ^ static_cast<uint32_t>(block >> 32)))};
+}
+
+// 16 random bits for element i of the block: half of what its pair of neighbours draws.
+SLTRAIN_BOTH uint32_t rounding_noise(const BlockNoise& noise, uint32_t i) {
+  const uint32_t pair = mix_noise(noise.start + (i >> 1) * 0x9E3779B9u) ^ noise.flip;
+  return i & 1u ? pair >> 16 : pair & 0xFFFFu;
+}
+
+SLTRAIN_BOTH uint32_t nearest_even(float x) { return 0x7FFFu + ((bits_of(x) >> 16) & 1u); }
+
+// bf16 bits of x after adding `up` below the kept bits: noise in [0, 2^16), or nearest_even(x)
+SLTRAIN_BOTH uint16_t to_bf16(float x, uint32_t up) {
+  const uint32_t bits = bits_of(x);
+  return (bits & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FC0u : static_cast<uint16_t>((bits + up) >> 16);
+}
+
+SLTRAIN_BOTH float from_bf16(uint16_t bits) { return float_of(static_cast<uint32_t>(bits) << 16); }
+
+}  // namespace sltrain

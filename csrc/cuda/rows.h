@@ -1,0 +1,43 @@
+// Walks a row-wise support: a warp takes a row, its lanes neighbouring entries, whose columns ascend. So columns and
+// values are read in full lines, and neighbouring lanes share the sectors of W that they touch.
+#pragma once
+
+#include "device.h"
+
+namespace sltrain {
+
+constexpr int kRowThreads = 256;
+constexpr int kRowsAtATime = kRowThreads / kWarp;
+constexpr int kAhead = 4;  // entries a lane has in flight
+
+inline int64_t row_grid(int64_t out_features) { return (out_features + kRowsAtATime - 1) / kRowsAtATime; }
+
+// entry = load(position, cell of W) for up to kAhead entries of this lane, then store for the same ones
+template <typename Entry, typename Column, typename Load, typename Store>
+__device__ __forceinline__ void for_each_entry(const int32_t* __restrict__ rows, const Column* __restrict__ columns,
+                                               int64_t out_features, int64_t in_features, const Load& load,
+                                               const Store& store) {
+  const int lane = threadIdx.x % kWarp;
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * kRowsAtATime + threadIdx.x / kWarp;
+  if (row >= out_features) return;
+  const int64_t last = rows[row + 1], start = row * in_features;
+  for (int64_t base = rows[row] + lane; base < last; base += kAhead * kWarp) {
+    Entry entry[kAhead];
+    int64_t cell[kAhead];
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) {
+      const int64_t i = base + k * kWarp;
+      if (i < last) {
+        cell[k] = start + columns[i];
+        entry[k] = load(i, cell[k]);
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) {
+      const int64_t i = base + k * kWarp;
+      if (i < last) store(i, cell[k], entry[k]);
+    }
+  }
+}
+
+}  // namespace sltrain

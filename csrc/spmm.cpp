@@ -1,0 +1,347 @@
+// The sparse half of the factored mode: y += x S^T, and its backward dx += dy S, dS = (dy^T x) on the support.
+//
+// Tokens are taken in panels; a panel of an activation is transposed into blocks of `width` tokens (spmm_kernels.h), in
+// which a non-zero costs a few vector multiply-adds. Sums are formed in fp32 (fp64 for fp64) and rounded once. dx runs
+// over the support in column order, made anew in every backward: it costs as much as a few tokens, and keeping it
+// would cost 8 bytes a non-zero. Every result is formed by one thread in a fixed order, so bits do not depend on the
+// number of threads.
+
+#include "ops.h"
+
+#include <ATen/Dispatch.h>
+#include <ATen/Functions.h>
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+
+#pragma GCC diagnostic ignored "-Wpsabi"  // vectors are passed between inlined functions alone
+
+#if defined(__clang__)
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Mask{__VA_ARGS__})
+#endif
+
+#define KERNEL_ISA portable
+#define KERNEL_TARGET
+#define KERNEL_ACCUMULATORS 4
+#include "spmm_kernels.h"
+#undef KERNEL_ISA
+#undef KERNEL_TARGET
+#undef KERNEL_ACCUMULATORS
+
+#if defined(__x86_64__)
+#define KERNEL_ISA avx2
+#define KERNEL_TARGET __attribute__((target("avx2,fma")))
+#define KERNEL_ACCUMULATORS 4
+#include "spmm_kernels.h"
+#undef KERNEL_ISA
+#undef KERNEL_TARGET
+#undef KERNEL_ACCUMULATORS
+
+#define KERNEL_ISA avx512
+#define KERNEL_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
+#define KERNEL_ACCUMULATORS 8
+#include "spmm_kernels.h"
+#undef KERNEL_ISA
+#undef KERNEL_TARGET
+#undef KERNEL_ACCUMULATORS
+#endif
+
+namespace sltrain {
+namespace {
+
+enum class Isa { kPortable, kAvx2, kAvx512 };
+
+Isa best_isa() {
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl")) {
+    return Isa::kAvx512;
+  }
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::kAvx2;
+#endif
+  return Isa::kPortable;
+}
+
+Isa isa = best_isa();
+
+#if defined(__x86_64__)
+#define CALL(...)                                          \
+  (isa == Isa::kAvx512  ? avx512::__VA_ARGS__              \
+   : isa == Isa::kAvx2 ? avx2::__VA_ARGS__                 \
+                       : portable::__VA_ARGS__)
+#else
+#define CALL(...) portable::__VA_ARGS__
+#endif
+
+constexpr int64_t kPanel = 256;      // tokens transposed together
+constexpr int64_t kChannels = 32;    // channels whose sums leave the kernel together
+constexpr int64_t kAlignment = 64;   // bytes
+
+int64_t aligned(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
+
+// Vectors of 64 bytes a channel: a whole block should stay in a core's second-level cache.
+int vectors(int64_t channels, int64_t tokens) {
+  const int64_t wanted = channels <= 5632 ? 4 : channels <= 12288 ? 2 : 1;
+  const int64_t useful = (tokens + 15) / 16;
+  return wanted >= 4 && useful >= 3 ? 4 : wanted >= 2 && useful >= 2 ? 2 : 1;
+}
+
+// Hands out aligned pieces of the caller's scratch.
+class Arena {
+ public:
+  explicit Arena(const at::Tensor& scratch)
+      : next_(reinterpret_cast<uintptr_t>(scratch.mutable_data_ptr())),
+        end_(next_ + scratch.numel() * scratch.element_size()) {
+    next_ = aligned(next_);
+  }
+  template <typename T>
+  T* take(int64_t count) {
+    T* piece = reinterpret_cast<T*>(next_);
+    next_ += aligned(count * sizeof(T));
+    TORCH_CHECK(next_ <= end_, "the scratch is too small for the sparse product");
+    return piece;
+  }
+
+ private:
+  uintptr_t next_, end_;
+};
+
+template <typename T, typename Index>
+struct Support {
+  int64_t rows;
+  const int32_t* pointers;
+  const Index* columns;
+  const T* values;
+};
+
+// values as T: the tensor's own where they are, else widened into the arena
+template <typename T>
+const T* widened(const at::Tensor& values, Arena& arena) {
+  if (values.scalar_type() == c10::CppTypeToScalarType<T>::value) return values.const_data_ptr<T>();
+  const int64_t count = values.numel();
+  T* wide = arena.take<T>(count);
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, values.scalar_type(), "sltrain_spmm", [&] {
+    const scalar_t* value = values.const_data_ptr<scalar_t>();
+    at::parallel_for(0, count, 1 << 16, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) wide[i] = static_cast<T>(value[i]);
+    });
+  });
+  return wide;
+}
+
+// The same matrix in column order: column `c` of S is row `c` of the result, its entries in ascending row order.
+template <typename Row, typename T, typename Index>
+Support<T, Row> transposed(const Support<T, Index>& S, int64_t in_features, Arena& arena) {
+  const int64_t nnz = S.pointers[S.rows];
+  int32_t* pointers = arena.take<int32_t>(in_features + 1);
+  int32_t* next = arena.take<int32_t>(in_features);
+  Row* rows = arena.take<Row>(nnz);
+  T* values = arena.take<T>(nnz);
+  // a thread owns a range of columns and visits every row's part in it
+  const auto visit = [&](int64_t begin, int64_t end, const auto& body) {
+    for (int64_t row = 0; row < S.rows; ++row) {
+      const Index* first = S.columns + S.pointers[row];
+      const Index* last = S.columns + S.pointers[row + 1];
+      if (begin > 0) first = std::lower_bound(first, last, static_cast<Index>(begin));
+      for (; first != last && static_cast<int64_t>(*first) < end; ++first) body(row, *first, first - S.columns);
+    }
+  };
+  const int64_t grain = std::max<int64_t>(64, in_features * (1 << 15) / std::max<int64_t>(1, nnz));
+  at::parallel_for(0, in_features, grain, [&](int64_t begin, int64_t end) {
+    std::fill(next + begin, next + end, 0);
+    visit(begin, end, [&](int64_t, Index column, int64_t) { ++next[column]; });
+  });
+  pointers[0] = 0;
+  for (int64_t c = 0; c < in_features; ++c) pointers[c + 1] = pointers[c] + next[c];
+  at::parallel_for(0, in_features, grain, [&](int64_t begin, int64_t end) {
+    std::copy(pointers + begin, pointers + end, next + begin);
+    visit(begin, end, [&](int64_t row, Index column, int64_t i) {
+      const int32_t place = next[column]++;
+      rows[place] = static_cast<Row>(row);
+      values[place] = S.values[i];
+    });
+  });
+  return {in_features, pointers, rows, values};
+}
+
+// One activation (tokens, channels), row-major, and the panel that holds some of its tokens, transposed.
+template <typename T, typename In>
+struct Activation {
+  In* data;
+  int64_t tokens, channels;
+  int width = 0;
+  T* panel = nullptr;
+
+  Activation(const at::Tensor& matrix)
+      : data(const_cast<In*>(matrix.const_data_ptr<In>())), tokens(matrix.size(0)), channels(matrix.size(1)) {}
+
+  int64_t blocks(int64_t first) const { return (std::min(kPanel, tokens - first) + width - 1) / width; }
+  int used(int64_t token) const { return static_cast<int>(std::min<int64_t>(width, tokens - token)); }
+  const T* block(int64_t b) const { return panel + b * width * channels; }
+
+  void set_panel(int V, Arena& arena) {
+    width = V * 64 / sizeof(T);
+    panel = arena.take<T>((std::min(kPanel, tokens) + width - 1) / width * width * channels);
+  }
+
+  void fill_panel(int64_t first) const {
+    constexpr int64_t kChunk = 256;
+    const int64_t chunks = (channels + kChunk - 1) / kChunk;
+    at::parallel_for(0, blocks(first) * chunks, 4, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t b = task / chunks, c = task % chunks * kChunk, token = first + b * width;
+        CALL(fill_block(data + token * channels, channels, used(token), width, c, std::min(channels, c + kChunk),
+                        panel + b * width * channels));
+      }
+    });
+  }
+};
+
+#define WITH_VECTORS(width, T, ...)                \
+  switch (width * sizeof(T) / 64) {                \
+    case 1: { constexpr int V = 1; __VA_ARGS__; break; } \
+    case 2: { constexpr int V = 2; __VA_ARGS__; break; } \
+    default: { constexpr int V = 4; __VA_ARGS__; }       \
+  }
+
+// target[tokens of the panel] += source's panel times S^T
+template <typename T, typename In, typename Index>
+void add_product(const Support<T, Index>& S, const Activation<T, In>& source, int64_t first,
+                 const Activation<T, In>& target) {
+  constexpr int64_t kChunk = 8 * kChannels;
+  const int64_t chunks = (S.rows + kChunk - 1) / kChunk;
+  const int width = source.width;
+  at::parallel_for(0, source.blocks(first) * chunks, 1, [&](int64_t begin, int64_t end) {
+    alignas(64) T sums[kChannels * 256 / sizeof(T)];
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t b = task / chunks, from = task % chunks * kChunk, to = std::min(S.rows, from + kChunk);
+      const int64_t token = first + b * width;
+      for (int64_t row = from; row < to; row += kChannels) {
+        const int64_t last = std::min(to, row + kChannels);
+        WITH_VECTORS(width, T, CALL(multiply<V>(source.block(b), S.pointers, S.columns, S.values, row, last, sums)));
+        CALL(add_sums(sums, static_cast<int>(last - row), width, source.used(token), target.channels,
+                      target.data + token * target.channels + row));
+      }
+    }
+  });
+}
+
+// out (+)= (dy^T x) on the support, over the tokens of the panels
+template <typename T, typename In, typename Index>
+void add_samples(const Support<T, Index>& S, const Activation<T, In>& dy, const Activation<T, In>& x, int64_t first,
+                 T* out) {
+  const int64_t grain = std::max<int64_t>(1, S.rows * 4096 / std::max<int64_t>(1, S.pointers[S.rows]));
+  at::parallel_for(0, S.rows, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t b = 0; b < x.blocks(first); ++b) {
+      WITH_VECTORS(x.width, T, CALL(sample<V>(dy.block(b), x.block(b), S.pointers, S.columns, begin, end,
+                                              first + b > 0, out)));
+    }
+  });
+}
+
+void check(const at::Tensor& y, const at::Tensor& x, const at::Tensor& rows, const at::Tensor& columns,
+           const at::Tensor& values) {
+  // shapes only: positions were checked when the support was built
+  TORCH_CHECK(x.dim() == 2 && y.dim() == 2 && x.size(0) == y.size(0), "x and y must be matrices of as many tokens");
+  TORCH_CHECK(x.is_contiguous() && y.is_contiguous() && rows.is_contiguous() && columns.is_contiguous() &&
+                  values.is_contiguous(), "the operands of a sparse product must be contiguous");
+  TORCH_CHECK(x.scalar_type() == y.scalar_type(), "x and y must have the same dtype");
+  TORCH_CHECK(rows.scalar_type() == at::kInt && rows.numel() == y.size(1) + 1, "S_rows must be int32 (out + 1,)");
+  TORCH_CHECK(columns.scalar_type() == at::kUInt16 || columns.scalar_type() == at::kInt,
+              "S_columns must be uint16 or int32");
+  TORCH_CHECK(values.numel() == columns.numel(), "S_columns and the values differ in length");
+}
+
+// body(In{}, T{}, pointer to columns): In the activations' type, T the one sums are formed in
+template <typename Body>
+void with_types(const at::Tensor& x, const at::Tensor& columns, const Body& body) {
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "sltrain_spmm", [&] {
+    using T = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
+    if (columns.scalar_type() == at::kUInt16) return body(scalar_t{}, T{}, columns.const_data_ptr<uint16_t>());
+    body(scalar_t{}, T{}, columns.const_data_ptr<int32_t>());
+  });
+}
+
+}  // namespace
+
+int64_t spmm_scratch(int64_t tokens, int64_t out_features, int64_t in_features, int64_t nnz, int64_t itemsize) {
+  const int64_t wide = std::max<int64_t>(4, itemsize), panel = std::min<int64_t>(kPanel, (tokens + 63) / 64 * 64);
+  const int64_t panels = panel * (out_features + in_features) * wide;
+  const int64_t column_order = nnz * (4 + wide) + (2 * in_features + 1) * 4;
+  return panels + column_order + 2 * nnz * wide + 16 * kAlignment;  // values and their gradient, where they are widened
+}
+
+void spmm(at::Tensor& y, const at::Tensor& x, const at::Tensor& rows, const at::Tensor& columns,
+          const at::Tensor& values, at::Tensor& scratch) {
+  check(y, x, rows, columns, values);
+  if (x.size(0) == 0 || values.numel() == 0) return;
+  with_types(x, columns, [&](auto in, auto wide, const auto* column) {
+    using In = decltype(in);
+    using T = decltype(wide);
+    using Index = std::remove_const_t<std::remove_pointer_t<decltype(column)>>;
+    Arena arena(scratch);
+    Activation<T, In> source(x), target(y);
+    source.set_panel(vectors(source.channels, source.tokens), arena);
+    const Support<T, Index> S{target.channels, rows.const_data_ptr<int32_t>(), column, widened<T>(values, arena)};
+    for (int64_t first = 0; first < source.tokens; first += kPanel) {
+      source.fill_panel(first);
+      add_product(S, source, first, target);
+    }
+  });
+}
+
+void spmm_backward(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& rows, const at::Tensor& columns,
+                   const at::Tensor& values, at::Tensor& dx, at::Tensor& dvalues, at::Tensor& scratch) {
+  check(dy, x, rows, columns, values);
+  const bool need_x = dx.numel() > 0, need_values = dvalues.numel() > 0;
+  if (need_values && x.size(0) == 0) dvalues.zero_();
+  if (x.size(0) == 0 || values.numel() == 0 || !(need_x || need_values)) return;
+  TORCH_CHECK(!need_x || (dx.is_contiguous() && dx.sizes() == x.sizes() && dx.scalar_type() == x.scalar_type()),
+              "dx must be as x, contiguous");
+  TORCH_CHECK(!need_values || (dvalues.is_contiguous() && dvalues.numel() == values.numel()),
+              "dvalues must be as values, contiguous");
+  with_types(x, columns, [&](auto in, auto wide, const auto* column) {
+    using In = decltype(in);
+    using T = decltype(wide);
+    using Index = std::remove_const_t<std::remove_pointer_t<decltype(column)>>;
+    Arena arena(scratch);
+    Activation<T, In> left(dy), right(x);
+    const int shared = std::min(vectors(left.channels, left.tokens), vectors(right.channels, left.tokens));
+    left.set_panel(shared, arena);
+    right.set_panel(shared, arena);
+    const Support<T, Index> S{left.channels, rows.const_data_ptr<int32_t>(), column, widened<T>(values, arena)};
+    const bool direct = need_values && dvalues.scalar_type() == c10::CppTypeToScalarType<T>::value;
+    T* samples = !need_values ? nullptr : direct ? dvalues.mutable_data_ptr<T>() : arena.take<T>(dvalues.numel());
+    const auto run = [&](const auto& by_column, const Activation<T, In>& target) {
+      for (int64_t first = 0; first < left.tokens; first += kPanel) {
+        left.fill_panel(first);
+        if (need_values) {
+          right.fill_panel(first);
+          add_samples(S, left, right, first, samples);
+        }
+        if (need_x) add_product(by_column, left, first, target);
+      }
+    };
+    if (!need_x) {
+      run(S, right);
+    } else if (left.channels <= 65536) {
+      run(transposed<uint16_t>(S, right.channels, arena), Activation<T, In>(dx));
+    } else {
+      run(transposed<int32_t>(S, right.channels, arena), Activation<T, In>(dx));
+    }
+    if (need_values && !direct) {
+      AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dvalues.scalar_type(), "sltrain_spmm_backward", [&] {
+        scalar_t* value = dvalues.mutable_data_ptr<scalar_t>();
+        at::parallel_for(0, dvalues.numel(), 1 << 16, [&](int64_t begin, int64_t end) {
+          for (int64_t i = begin; i < end; ++i) value[i] = static_cast<scalar_t>(samples[i]);
+        });
+      });
+    }
+  });
+}
+
+}  // namespace sltrain

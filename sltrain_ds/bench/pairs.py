@@ -1,0 +1,58 @@
+"""Time several things side by side, in rounds: what slows the machine for a while slows all of a round alike.
+
+What is compared is the median, over the rounds, of the ratio of two times of the same round.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+
+def interleave(
+    runs: dict[str, Callable[[], object]],
+    rounds: int = 15,
+    seconds: float = 10.0,
+    device: str | torch.device = "cpu",
+    least: int = 3,
+    burst: float = 0.002,
+) -> dict[str, list[float]]:
+    """Seconds of a call of each run, a list of equal length for each: one time a round, every round runs them all.
+
+    Rounds end at `rounds`, or after `seconds` but not before `least`. Each run is called twice before (the first call
+    allocates, the second tells how many calls make a measurement of at least `burst` seconds). The order turns by one
+    place a round, so that nobody always follows the same neighbour.
+    """
+    calls = {}
+    for name, run in runs.items():
+        _timed(run, 1, device)
+        calls[name] = max(1, round(burst / max(_timed(run, 1, device), 1e-9)))
+    names, times = list(runs), {name: [] for name in runs}
+    began = time.perf_counter()
+    for done in range(rounds):
+        if done >= least and time.perf_counter() - began > seconds:
+            break
+        turn = done % len(names)
+        for name in names[turn:] + names[:turn]:
+            times[name].append(_timed(runs[name], calls[name], device))
+    return times
+
+
+def ratio(numerator: list[float], denominator: list[float]) -> float:
+    """Median of the ratios of paired times."""
+    return statistics.median(a / b for a, b in zip(numerator, denominator, strict=True))
+
+
+def _timed(run, calls: int, device) -> float:
+    _wait(device)
+    began = time.perf_counter()
+    for _ in range(calls):
+        run()
+    _wait(device)
+    return (time.perf_counter() - began) / calls
+
+
+def _wait(device):
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)

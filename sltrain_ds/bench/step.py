@@ -1,0 +1,201 @@
+"""Whole training steps through the real engine: full-rank, SLTrain, and SLTrain on the naive operator, side by side."""
+
+import contextlib
+import copy
+import gc
+import os
+import socket
+import statistics
+import sys
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+from sltrain_ds import loop, models
+from sltrain_ds.bench.meter import Meter
+from sltrain_ds.bench.naive import to_naive
+from sltrain_ds.bench.pairs import interleave, ratio
+from sltrain_ds.bench.report import Report, megabytes
+from sltrain_ds.config import from_dict
+from sltrain_ds.config.jsonfile import read_json
+from sltrain_ds.config.overrides import apply
+from sltrain_ds.data.dataset import BatchSource, predicted_tokens
+from sltrain_ds.errors import UserError
+from sltrain_ds.evaluate import with_labels
+from sltrain_ds.loss import use_chunked_loss
+from sltrain_ds.memory.estimate import estimate
+from sltrain_ds.memory.measure import bytes_by_category
+from sltrain_ds.ops import modes, workspace
+from sltrain_ds.zero.grad_norm import GradNorm
+from sltrain_ds.zero.initialize import initialize, partitioner
+
+METHODS = ("full_rank", "sltrain", "naive")
+COLUMNS = [
+    "config", "method", "M params", "tokens", "data", "ms a step", "tokens/s", "x naive's speed", "x full-rank's time",
+    "held MB", "peak MB", "engines",
+]  # fmt: skip
+ROOM = 0.9  # of the free memory, for what the estimate does not count
+
+
+def bench(configs, overrides, methods, device, steps, out=None) -> list[dict]:
+    """Measure every config with every method; prints the table and returns the cases (see docs/benchmarks.md)."""
+    _be_the_only_rank()
+    report = Report("step", COLUMNS, device, out)
+    for path in configs:
+        case = measure(path, apply(read_json(path), overrides), methods, device, steps)
+        report.add(case, table_rows(case))
+    return report.cases
+
+
+def measure(path, data: dict, methods, device, steps: int) -> dict:
+    """A case: by method its `times` (seconds a step, paired by position where `engines` is "together") and bytes."""
+    runs = {method: variant(path, data, method) for method in methods}
+    needs = {method: estimate(run).peak for method, run in runs.items()}
+    free = ROOM * free_bytes(device)
+    left_out = {method: need for method, need in needs.items() if need > free}
+    for method, need in left_out.items():
+        print(f"{path}: {method} needs {need / 1e9:.1f} GB of {free / 1e9:.1f}: left out", file=sys.stderr)
+    runs = {method: run for method, run in runs.items() if method not in left_out}
+    together = sum(needs[method] for method in runs) <= free
+    found = {}
+    for group in [list(runs)] if together else [[method] for method in runs]:
+        engines = {method: Engine(runs[method], method == "naive", device) for method in group}
+        times = interleave({m: engine.step for m, engine in engines.items()}, steps, float("inf"), device, burst=0.0)
+        for method, engine in engines.items():
+            found[method] = {"times": times[method], **engine.facts}
+        for engine in engines.values():
+            engine.close()
+    return {"config": str(path), "engines": "together" if together else "one by one", "steps": steps,
+            "left_out": left_out, "methods": found}  # fmt: skip
+
+
+def variant(path, data: dict, method: str):
+    """The file's `RunConfig` with another method: "full_rank", or its own, which must be sltrain."""
+    data = copy.deepcopy(data)
+    own = data.get("sltrain", {}).get("method", {})
+    if method == "full_rank":
+        data["sltrain"]["method"] = {"name": "full_rank"}
+    elif own.get("name") != "sltrain":
+        raise UserError(f"sltrain.method.name: {path} holds {own.get('name')!r}; bench step needs a file of sltrain")
+    return from_dict(data, world_size=1, name=str(path))
+
+
+class Engine:
+    """A run's engine and batches; `step()` is one optimizer step as the training loop does it.
+
+    `facts`: parameters, tokens of a step, kind of data, `held` (weights, index, states, masters) and `peak` bytes, the
+    most alive at once in a third step.
+    """
+
+    def __init__(self, run, naive: bool, device):
+        self.run, self.done = run, 0
+        self.source, kind = _source(run)
+        workspace.release()
+        with Meter(device) as meter:
+            with contextlib.redirect_stdout(sys.stderr):
+                model = models.build(run, device, partitioner(run))
+                if run.sltrain.loss == "chunked":
+                    use_chunked_loss(model)
+                self.engine, *_ = initialize(model=model, config=run)
+            _own_overrides(self.engine.basic_optimizer)
+            if naive:
+                to_naive(model)
+            self.norm = GradNorm(self.engine)
+            self.step()
+            self.step()
+            meter.mark()
+            self.step()
+        held = bytes_by_category(self.engine)
+        self.facts = {
+            "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters()),
+            "modes": {} if naive else dict(Counter(modes.chosen(model).values())),  # mode -> layers
+            "tokens": run.tokens_per_step,
+            "data": kind,
+            "held": sum(held[key] for key in ("weights", "index", "states", "masters")) + _naive_index(model),
+            "peak": meter.peak,
+        }
+
+    def step(self) -> None:
+        run = self.run
+        batches = [with_labels(self.source.micro_batch(self.done, i, 0, 1)) for i in range(run.accumulation)]
+        loop._step(self.engine, batches, sum(map(predicted_tokens, batches)) / run.accumulation, self.norm)
+        self.done += 1
+
+    def close(self) -> None:
+        self.engine.destroy()
+        self.engine = self.norm = None
+        workspace.release()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+class RandomTokens:
+    """Stands in for prepared data."""
+
+    def __init__(self, run):
+        self.shape = (run.micro_batch_size, run.sequence_length)
+        self.vocab_size = run.model_fields["vocab_size"]
+
+    def micro_batch(self, step, micro, rank, world):
+        generator = torch.Generator().manual_seed(1000 * step + micro)
+        return {"input_ids": torch.randint(0, self.vocab_size, self.shape, generator=generator)}
+
+
+def table_rows(case: dict) -> list[list]:
+    """A row a method: medians, its speed in the naive one's, its time in full-rank's."""
+    rows, found = [], case["methods"]
+    for method, one in found.items():
+        median = statistics.median(one["times"])
+        naive, dense = (found[name]["times"] if name in found else None for name in ("naive", "full_rank"))
+        rows.append([
+            Path(case["config"]).stem, _label(method, one["modes"]), one["parameters"] / 1e6,
+            one["tokens"], one["data"], 1e3 * median, one["tokens"] / median,
+            naive and ratio(naive, one["times"]), dense and ratio(one["times"], dense),
+            megabytes(one["held"]), megabytes(one["peak"]), case["engines"],
+        ])  # fmt: skip
+    return rows
+
+
+def _label(method, chosen) -> str:
+    return f"{method}: {', '.join(f'{mode} {n}' for mode, n in chosen.items())}" if chosen else method
+
+
+def free_bytes(device) -> int:
+    """Memory that can still be had on the device."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+
+
+def _source(run):
+    try:
+        return BatchSource(run), "prepared"
+    except UserError:
+        return RandomTokens(run), "random"
+
+
+def _naive_index(model) -> int:
+    return sum(b.nbytes for name, b in model.named_buffers() if name.endswith("S_index"))
+
+
+def _own_overrides(optimizer) -> None:
+    """bitsandbytes keeps 32-bit overrides by (group, position) for the whole process: give each optimizer its own."""
+    shared = getattr(optimizer, "mng", None)
+    if shared is not None:
+        optimizer.mng = copy.copy(shared)
+        optimizer.mng.index2config = dict(shared.index2config)
+        shared.index2config.clear()
+
+
+def _be_the_only_rank() -> None:
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("WORLD_SIZE: bench step measures one rank; start it without the launcher")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for key, value in alone.items():
+        os.environ.setdefault(key, str(value))

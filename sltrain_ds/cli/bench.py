@@ -1,0 +1,133 @@
+"""`sltrain-ds bench op|step|adam8bit`: side by side in one run, medians and ratios."""
+
+import os
+from pathlib import Path
+
+from sltrain_ds.errors import UserError
+
+
+def add_parser(subparsers):
+    parser = subparsers.add_parser("bench", help="measure side by side: the operator, whole steps, the 8-bit optimizer")
+    benches = parser.add_subparsers(dest="bench", required=True, metavar="op|step|adam8bit")
+
+    op = benches.add_parser("op", help="one layer: dense, naive and every mode, forward and backward")
+    op.add_argument("--shapes", default="60m,130m,350m,1b,7b", help="presets or OUTxIN:rRANK[:dDENSITY]")
+    op.add_argument("--tokens", default="256,1024,8192", help="tokens of a pass (default %(default)s)")
+    op.add_argument("--dtypes", default="fp32,bf16")
+    op.add_argument("--modes", help="default: all there are")
+    op.add_argument("--density", type=float, help="instead of each shape's own")
+    op.add_argument("--calibrate", action="store_true", help="fit the cost model of auto to this machine")
+    _common(op)
+
+    step = benches.add_parser("step", help="whole training steps: full-rank, SLTrain, SLTrain on the naive operator")
+    step.add_argument("configs", nargs="*", default=["ds_configs/quickstart.json"], metavar="CONFIG")
+    step.add_argument("--methods", default="full_rank,sltrain,naive")
+    step.add_argument("--steps", dest="pairs", type=int, default=10, metavar="N", help="rounds (default %(default)s)")
+    step.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the files")
+    _where(step)
+
+    adam = benches.add_parser("adam8bit", help="the 8-bit Adam step: ours, bitsandbytes, torch's fused AdamW, a copy")
+    adam.add_argument("--numel", default="1048576,16777216,45088768", help="elements (default %(default)s)")
+    adam.add_argument("--dtypes", default="fp32,bf16", help="of parameter and gradient (default %(default)s)")
+    _common(adam)
+    return parser
+
+
+def _common(parser):
+    parser.add_argument("--pairs", type=int, default=15, metavar="N", help="rounds at most (default %(default)s)")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of a case, after 3 rounds (default %(default)s)")
+    _where(parser)
+
+
+def _where(parser):
+    parser.add_argument("--threads", type=int, help="CPU threads; default torch's own")
+    parser.add_argument("--device", help="cpu or cuda; default: cuda where there is one")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="also write DIR/BENCH.md and DIR/BENCH.json")
+
+
+def run(args) -> int:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the memory meter's profiler announces each start; read at import
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    device = _device(args)
+    if device == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"  # read when DeepSpeed is imported
+    return {"op": _op, "step": _step, "adam8bit": _adam8bit}[args.bench](args, device) or 0
+
+
+def _op(args, device):
+    from sltrain_ds.bench import op
+    from sltrain_ds.ops.modes import CHOICES
+
+    if args.calibrate:
+        return _calibrate(args, device)
+    op.bench(
+        op.parse_shapes(args.shapes, args.density),
+        _numbers("--tokens", args.tokens),
+        _names("--dtypes", args.dtypes, op.DTYPES),
+        _names("--modes", args.modes, CHOICES) if args.modes else CHOICES,
+        device, args.pairs, args.seconds, args.out,
+    )  # fmt: skip
+
+
+def _calibrate(args, device):
+    from sltrain_ds.files import write_json
+    from sltrain_ds.ops import modes
+
+    if not hasattr(modes, "calibrate"):
+        raise UserError("--calibrate: the modes lack calibration so far; auto goes by its built-in constants")
+    path = (args.out or Path(".")) / "op_constants.json"
+    write_json(path, modes.calibrate(device))
+    print(path)
+
+
+def _step(args, device):
+    from sltrain_ds.bench import step
+    from sltrain_ds.logs import quiet
+
+    quiet()
+    step.bench(args.configs, args.set, _names("--methods", args.methods, step.METHODS), device, args.pairs, args.out)
+
+
+def _adam8bit(args, device):
+    from sltrain_ds.bench import adam8bit
+    from sltrain_ds.bench.op import DTYPES
+    from sltrain_ds.logs import quiet
+
+    quiet()
+    numels = _numbers("--numel", args.numel)
+    adam8bit.bench(numels, _names("--dtypes", args.dtypes, DTYPES), device, args.pairs, args.seconds, args.out)
+
+
+def _device(args) -> str:
+    import torch
+
+    if args.threads is not None:
+        if args.threads < 1:
+            raise UserError(f"--threads {args.threads}: must be at least 1")
+        torch.set_num_threads(args.threads)
+    if args.pairs < 1:
+        raise UserError(f"--pairs {args.pairs}: must be at least 1")
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device.split(":")[0] not in ("cpu", "cuda"):
+        raise UserError(f"--device {device}: must be cpu or cuda")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"--device {device}: torch {torch.__version__} sees no GPU here; leave --device out")
+    return device
+
+
+def _names(option, text, known) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in known:
+            raise UserError(f"{option} {name}: not known; choose from {', '.join(known)}")
+    return names
+
+
+def _numbers(option, text) -> list[int]:
+    try:
+        numbers = [int(number) for number in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1:
+        raise UserError(f"{option} {text}: must be whole numbers from 1 up, for example 256,1024")
+    return numbers

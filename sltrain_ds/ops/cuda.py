@@ -1,0 +1,229 @@
+"""The CUDA kernels, called through C: scatter-add, gather, 8-bit Adam step.
+
+``load()`` finds the library (``cuda_build``): built ahead of time beside this file, left in torch's extension cache by
+an earlier process, or built now where nvcc is. Where there is none, or none that runs here, PyTorch serves, and the
+reason is printed once. Calls go to the current stream and wait for nothing. They are registered with the schema of
+csrc/bindings*.cpp too, so ``torch.ops.sltrain`` dispatches CUDA tensors to them.
+"""
+
+import ctypes
+import os
+from pathlib import Path
+
+import torch
+
+from sltrain_ds.ops import build_lock, builder, cuda_build
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # as in csrc/cuda/launchers.h
+
+_state = None  # (Kernels | None, the library's path or the reason)
+_registrations = []
+
+
+def load() -> bool:
+    """True if the CUDA kernels serve CUDA tensors here, False if PyTorch does in their place."""
+    return _decide()[0] is not None
+
+
+def status() -> tuple[bool, str]:
+    """(whether the kernels serve, the library's path or the reason why not), without building anything."""
+    if _state is not None:
+        return _state[0] is not None, _state[1]
+    if not torch.cuda.is_available():
+        return False, "torch sees no CUDA device"
+    if builder.forced():
+        return False, "SLTRAIN_OPS=reference"
+    found = [path for path in (cuda_build.prebuilt(), _cached()) if path.is_file()]
+    if not found and cuda_build.nvcc() is None:
+        return False, f"no {cuda_build.LIBRARY} was built ahead of time and nvcc was not found"
+    return True, str(found[0] if found else _cached())
+
+
+def supports(*tensors: torch.Tensor) -> bool:
+    """Whether the kernels know the dtypes of W and the values: float32 and bfloat16."""
+    return all(tensor.dtype in DTYPES for tensor in tensors)
+
+
+def scatter_add_(W, rows, columns, values) -> None:
+    """W (out, in) += values (nnz,) at the support, as ``sparse.scatter_add_``; float32 and bfloat16."""
+    _decide()[0].scatter_add_(W, rows, columns, values)
+
+
+def gather(out, W, rows, columns) -> None:
+    """out (nnz,) = W (out, in) at the support, as ``sparse.gather``; float32 and bfloat16."""
+    _decide()[0].gather(out, W, rows, columns)
+
+
+def adam8bit_step_(*arguments) -> None:
+    """The operator ``sltrain::adam8bit_step_``; its arguments in its order."""
+    _decide()[0].adam8bit_step_(*arguments)
+
+
+class Kernels:
+    """One loaded library. Arguments are checked as the CPU kernels check theirs; errors are RuntimeError."""
+
+    def __init__(self, path: Path):
+        self._library = library = ctypes.CDLL(str(path))
+        pointer, i32, i64, f64 = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_double
+        library.sltrain_cuda_sources.restype = library.sltrain_cuda_error.restype = ctypes.c_char_p
+        support = [i64, i64, i32, pointer]
+        library.sltrain_cuda_scatter_add.argtypes = [pointer, i32, pointer, pointer, i32, pointer, i32, *support]
+        library.sltrain_cuda_gather.argtypes = [pointer, i32, pointer, i32, pointer, pointer, i32, *support]
+        library.sltrain_cuda_adam8bit.argtypes = [
+            *(pointer, i32, pointer, i32, *[pointer] * 5, i64, *[f64] * 5),
+            *(i32, i64, i32, i64, i64, i64, f64, i32, pointer),
+        ]
+
+    def sources(self) -> str:
+        """The digest of the sources it was built from."""
+        return self._library.sltrain_cuda_sources().decode()
+
+    def probe(self, device: int) -> str | None:
+        """None if it runs on the device, else why not."""
+        code = self._library.sltrain_cuda_probe(device)
+        return self._words(code) if code else None
+
+    def scatter_add_(self, W, rows, columns, values):
+        _check_support(W, rows, columns, values)
+        self._call(
+            self._library.sltrain_cuda_scatter_add,
+            *(W.data_ptr(), DTYPES[W.dtype], rows.data_ptr(), columns.data_ptr(), columns.element_size()),
+            *(values.data_ptr(), DTYPES[values.dtype], *W.shape, *_where(W)),
+        )
+
+    def gather(self, out, W, rows, columns):
+        _check_support(W, rows, columns, out)
+        self._call(
+            self._library.sltrain_cuda_gather,
+            *(out.data_ptr(), DTYPES[out.dtype], W.data_ptr(), DTYPES[W.dtype]),
+            *(rows.data_ptr(), columns.data_ptr(), columns.element_size(), *W.shape, *_where(W)),
+        )
+
+    def adam8bit_step_(
+        self, p, g, m8, v8, absmax_m, absmax_v, tables, lr, beta1, beta2, eps, weight_decay, decoupled, step,
+        stochastic, seed, key, offset, grad_scale,
+    ):  # fmt: skip
+        tensors = (p, g, m8, v8, absmax_m, absmax_v, tables)
+        check_adam(*tensors, step, offset)
+        self._call(
+            self._library.sltrain_cuda_adam8bit,
+            *(p.data_ptr(), DTYPES[p.dtype], g.data_ptr(), DTYPES[g.dtype]),
+            *(tensor.data_ptr() for tensor in tensors[2:]),
+            *(p.numel(), lr, beta1, beta2, eps, weight_decay, decoupled, step, stochastic, seed, key, offset),
+            *(grad_scale, *_where(p)),
+        )
+
+    def _call(self, function, *arguments):
+        code = function(*arguments)
+        if code:
+            raise RuntimeError(f"{function.__name__}: {self._words(code)}")
+
+    def _words(self, code):
+        return self._library.sltrain_cuda_error(code).decode()
+
+
+def _decide():
+    global _state
+    if _state is None:
+        _state = _find()
+        if _state[0] is not None:
+            _register(_state[0])
+        elif os.environ.get("RANK", "0") == "0":
+            print(f"sltrain-ds: PyTorch serves in place of the CUDA kernels: {_state[1]}", flush=True)
+    return _state
+
+
+def _find():
+    works, detail = status()
+    if not works:
+        return None, detail
+    wanted = cuda_build.digest() if cuda_build.sources() else None
+    for path in filter(Path.is_file, (cuda_build.prebuilt(), _cached())):
+        kernels = Kernels(path)
+        if wanted in (None, kernels.sources()):
+            return _probed(kernels, path)
+        print(f"sltrain-ds: {path} was built from other sources; launch/build_cuda.sh builds it anew", flush=True)
+    try:
+        path = _build()
+    except Exception as error:  # whatever a compiler can do wrong
+        return None, str(error).splitlines()[0]
+    return _probed(Kernels(path), path)
+
+
+def _probed(kernels, path):
+    problem = kernels.probe(torch.cuda.current_device())
+    return (None, f"{path}: {problem}") if problem else (kernels, str(path))
+
+
+def _cached() -> Path:
+    from torch.utils import cpp_extension
+
+    name = f"sltrain_cuda_{cuda_build.digest()}"
+    return Path(cpp_extension._get_build_directory(name, False)) / cuda_build.LIBRARY
+
+
+def _build() -> Path:
+    """One process builds, the others wait and find the result."""
+    target = _cached()
+    with build_lock.exclusive(target.parent):
+        if not target.is_file():
+            print("sltrain-ds: building the CUDA kernels (once, about 20 s)", flush=True)
+            cuda_build.build(target)
+    return target
+
+
+def _register(kernels):
+    """Give the dispatcher the CUDA side of the operators whose schema the C++ library brought."""
+    if not builder.load():
+        return
+    library = torch.library.Library("sltrain", "IMPL")
+    for name in ("scatter_add_", "gather", "adam8bit_step_"):
+        library.impl(name, getattr(kernels, name), "CUDA")
+    _registrations.append(library)  # it would take the kernels back with it
+
+
+def _where(tensor):
+    """(device index, stream): the current one of the tensor's device."""
+    if tensor.device.type != "cuda":
+        return 0, None
+    return tensor.device.index, torch.cuda.current_stream(tensor.device).cuda_stream
+
+
+def _check_support(W, rows, columns, values):
+    tensors = (W, rows, columns, values)
+    _require(W.dim() == 2, "W must be a matrix")
+    _require(rows.dtype == torch.int32 and rows.numel() == W.shape[0] + 1, "S_rows must be int32 (out + 1,)")
+    _require(columns.dtype in (torch.uint16, torch.int32), "S_columns must be uint16 or int32")
+    _require(values.numel() == columns.numel(), "S_columns and the values differ in length")
+    _require(supports(W, values), f"the CUDA kernels take float32 and bfloat16, got {W.dtype} and {values.dtype}")
+    _require(all(tensor.is_contiguous() for tensor in tensors), "W and the support must be contiguous")
+    _require(all(tensor.device == W.device for tensor in tensors), "W and the support must be on one device")
+
+
+def check_adam(p, g, m8, v8, absmax_m, absmax_v, tables, step, offset):
+    """RuntimeError unless the 8-bit Adam step can take these; csrc/adam8bit.cpp checks the same."""
+    tensors, blocks = (p, g, m8, v8, absmax_m, absmax_v, tables), -(-p.numel() // 256)
+    _require(supports(p, g), f"adam8bit: parameter and gradient must be float32 or bfloat16, got {p.dtype}, {g.dtype}")
+    _require(m8.dtype == v8.dtype == torch.uint8, "adam8bit: states must be uint8")
+    _require(
+        absmax_m.dtype == absmax_v.dtype == torch.float32 and absmax_m.numel() == absmax_v.numel() == blocks,
+        f"adam8bit: absmax must be float32 ({blocks},)",
+    )
+    _require(
+        g.numel() == m8.numel() == v8.numel() == p.numel(), "adam8bit: parameter, gradient and states differ in size"
+    )
+    _require(tables.dtype == torch.int32 and tables.numel() == 6402, "adam8bit: tables must be int32 (6402,)")
+    _require(
+        all(tensor.is_contiguous() and tensor.device == p.device for tensor in tensors),
+        "adam8bit: tensors must be contiguous, on one device",
+    )
+    _require(step >= 1, f"adam8bit: steps count from 1, got {step}")
+    _require(
+        offset >= 0 and offset % 256 == 0,
+        f"adam8bit: offset must be a multiple of 256, where a block begins, got {offset}",
+    )
+
+
+def _require(holds, line):
+    if not holds:
+        raise RuntimeError(line)

@@ -1,0 +1,191 @@
+"""The CUDA kernels without a GPU: compiled by nvcc where it is, and run on the host, thread by thread (cuda_host/)."""
+
+import os
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from sltrain_ds.ops import adam8bit, cuda, cuda_build, sparse, support
+
+HOST = Path(__file__).parent / "cuda_host"
+FLOATS = [torch.float32, torch.bfloat16]
+
+
+def compile_for_host(target: Path, *flags: str) -> None:
+    """The .cu files with the host's C++20 compiler; skips where it cannot do that."""
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+    if not compiler:
+        pytest.skip("needs a C++ compiler")
+    sources = cuda_build.sources()
+    common = ["-std=c++20", "-O1", "-g", "-pthread", "-ffp-contract=off", "-DSLTRAIN_HOST_SHIM"]
+    include = [f"-I{HOST}", f"-I{sources[0].parent}"]
+    command = [compiler, *common, *include, *flags, "-x", "c++", *map(str, sources), "-o", str(target)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if "cannot find" in done.stderr and "tsan" in done.stderr:
+        pytest.skip("needs ThreadSanitizer's library (libtsan)")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory):
+    library = tmp_path_factory.mktemp("host") / "libhost.so"
+    compile_for_host(library, "-shared", "-fPIC", '-DSLTRAIN_SOURCES="host"')
+    return cuda.Kernels(library)
+
+
+@pytest.mark.parametrize("column_dtype", [torch.uint16, torch.int32])
+@pytest.mark.parametrize("shape, density", [((1, 1), 1.0), ((21, 70), 0.3), ((3, 700), 0.9), ((40, 33), 0.0)])
+def test_scatter_and_gather_equal_the_cpu_kernels(kernels, shape, density, column_dtype):
+    rows, columns = support.sample(*shape, support.nnz_of(density, *shape), 7, "layer")
+    columns = columns.to(column_dtype)
+    for weight_dtype in FLOATS:
+        for value_dtype in FLOATS:
+            W = torch.randn(shape).to(weight_dtype)
+            values = torch.randn(columns.numel()).to(value_dtype)
+            expected, found = W.clone(), W.clone()
+            sparse.scatter_add_(expected, rows, columns, values)
+            kernels.scatter_add_(found, rows, columns, values)
+            assert torch.equal(found, expected)
+            read, read_expected = torch.empty_like(values), torch.empty_like(values)
+            sparse.gather(expected, rows, columns, read_expected)
+            kernels.gather(read, found, rows, columns)
+            assert torch.equal(read, read_expected)
+
+
+@pytest.mark.parametrize("p_dtype", FLOATS)
+@pytest.mark.parametrize("g_dtype", FLOATS)
+@pytest.mark.parametrize("numel, shift", [(1, 0), (256, 0), (12 * 256 + 13, 0), (40 * 256 + 8, 1)])
+def test_adam_equals_the_cpu_kernel(kernels, p_dtype, g_dtype, numel, shift):
+    """Also for tensors that begin off the 16-byte grid, and more blocks than the grid takes at once."""
+
+    def shifted(tensor):
+        return torch.cat([tensor[:shift], tensor])[shift:]
+
+    generator = torch.Generator().manual_seed(numel)
+    p = torch.randn(numel, generator=generator).to(p_dtype)
+    ours = [shifted(tensor) for tensor in (p, *adam8bit.new_states(p))]
+    theirs = [tensor.clone() for tensor in ours]
+    for step in (1, 2, 3):
+        g = shifted(torch.randn(numel, generator=generator).to(g_dtype))
+        options = {"weight_decay": 0.1, "decoupled": step != 2, "stochastic": step != 3, "seed": -5, "key": 2**62 + 3}
+        options |= {"offset": 256 * (2**32 - 1), "grad_scale": 0.3, "lr": 0.01}
+        adam8bit.adam8bit_step_(theirs[0], g, *theirs[1:], step=step, **options)
+        kernels.adam8bit_step_(
+            *(ours[0], g, *ours[1:], adam8bit.tables(p.device), options["lr"], 0.9, 0.999, 1e-8, 0.1),
+            *(options["decoupled"], step, options["stochastic"], -5, 2**62 + 3, options["offset"], 0.3),
+        )
+        for found, expected in zip(ours, theirs, strict=True):
+            assert torch.equal(found, expected)
+
+
+def test_nothing_to_do_is_done(kernels):
+    empty = torch.empty(0)
+    rows, columns = torch.zeros(1, dtype=torch.int32), torch.empty(0, dtype=torch.uint16)
+    kernels.scatter_add_(torch.empty(0, 4), rows, columns, empty)
+    kernels.gather(empty, torch.empty(0, 4), rows, columns)
+    states = adam8bit.new_states(empty)
+    kernels.adam8bit_step_(
+        *(empty, empty, *states, adam8bit.tables(empty.device), 0.1, 0.9, 0.999, 1e-8, 0.0),
+        *(True, 1, False, 0, 0, 0, 1.0),
+    )
+
+
+def test_what_the_kernels_do_not_take_is_an_error(kernels):
+    rows, columns = support.sample(4, 6, 5, 0, "x")
+    with pytest.raises(RuntimeError, match=r"float32 and bfloat16, got torch\.float64"):
+        kernels.scatter_add_(torch.zeros(4, 6).double(), rows, columns, torch.zeros(5))
+    with pytest.raises(RuntimeError, match="differ in length"):
+        kernels.gather(torch.zeros(4), torch.zeros(4, 6), rows, columns)
+    with pytest.raises(RuntimeError, match="must be contiguous"):
+        kernels.gather(torch.zeros(5), torch.zeros(6, 4).t(), rows, columns)
+    assert kernels._library.sltrain_cuda_error(-1) == b"a dtype the kernels do not have"
+    assert kernels.probe(0) is None and kernels.sources() == "host"
+
+
+def test_thread_sanitizer_is_silent_and_finds_a_removed_barrier(tmp_path):
+    main = ["-fsanitize=thread", "-x", "c++", str(HOST / "main.cpp")]
+    with ThreadPoolExecutor() as pool:
+        builds = [
+            pool.submit(compile_for_host, tmp_path / "whole", *main),
+            pool.submit(compile_for_host, tmp_path / "broken", *main, "-DSLTRAIN_DROP_SYNCTHREADS"),
+        ]
+        for build in builds:
+            build.result()
+    runs = {
+        name: subprocess.run([tmp_path / name], capture_output=True, text=True, timeout=120)
+        for name in ("whole", "broken")
+    }
+    if "unexpected memory mapping" in runs["whole"].stderr:
+        pytest.skip("needs a kernel whose address layout ThreadSanitizer accepts (vm.mmap_rnd_bits at most 28)")
+    assert runs["whole"].returncode == 0 and runs["whole"].stdout == "right\n", runs["whole"].stderr[:2000]
+    assert "WARNING: ThreadSanitizer" not in runs["whole"].stderr
+    assert "data race" in runs["broken"].stderr and "adam8bit_kernel" in runs["broken"].stderr
+
+
+def test_nvcc_builds_the_library_and_it_loads_without_a_gpu(tmp_path):
+    if cuda_build.nvcc() is None:
+        pytest.skip("needs nvcc")
+    library = cuda_build.build(tmp_path / "deep" / cuda_build.LIBRARY)
+    assert [path.name for path in library.parent.iterdir()] == [cuda_build.LIBRARY]  # nothing half-written beside it
+    built = cuda.Kernels(library)
+    assert built.sources() == cuda_build.digest()
+    code = library.read_bytes()
+    assert b"sm_80" in code and b"sm_90a" in code
+    if not torch.cuda.is_available():
+        assert built.probe(0)  # says why it cannot run
+
+
+def test_a_failed_build_says_why_and_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "nvcc").write_text("#!/bin/sh\necho 'fatal: no such device' >&2\nexit 1\n")
+    (tmp_path / "bin" / "nvcc").chmod(0o755)
+    target = tmp_path / "out" / cuda_build.LIBRARY
+    with pytest.raises(RuntimeError, match="nvcc failed: fatal: no such device"):
+        cuda_build.build(target)
+    assert not list(target.parent.iterdir())
+
+
+def test_without_a_cuda_device_pytorch_serves_and_says_so_once(monkeypatch, capsys):
+    if torch.cuda.is_available():
+        pytest.skip("needs a machine without a GPU")
+    monkeypatch.setattr(cuda, "_state", None)
+    assert cuda.status() == (False, "torch sees no CUDA device")
+    assert not cuda.load() and not cuda.load()
+    out = capsys.readouterr().out
+    assert out == "sltrain-ds: PyTorch serves in place of the CUDA kernels: torch sees no CUDA device\n"
+
+
+def test_a_library_of_other_sources_is_left_alone(kernels, monkeypatch, tmp_path, capsys):
+    """What was built ahead of time from older sources is not used; the next in line is."""
+    monkeypatch.setattr(cuda, "_state", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(cuda, "_register", lambda kernels: None)
+    monkeypatch.setattr(cuda, "_cached", lambda: tmp_path / "none" / "lib.so")
+    host_library = Path(kernels._library._name)
+    monkeypatch.setattr(cuda_build, "prebuilt", lambda: host_library)
+
+    def no_compiler(target):
+        raise RuntimeError("nvcc was not found\nmore")
+
+    monkeypatch.setattr(cuda_build, "build", no_compiler)
+    assert not cuda.load() and cuda.status() == (False, "nvcc was not found")
+    assert "was built from other sources; launch/build_cuda.sh builds it anew" in capsys.readouterr().out
+    monkeypatch.setattr(cuda, "_state", None)
+    monkeypatch.setattr(cuda_build, "digest", lambda: "host")
+    assert cuda.load() and cuda.status() == (True, str(host_library))
+
+
+def test_the_dispatcher_takes_the_kernels(kernels, monkeypatch):
+    """`torch.ops.sltrain` reaches them for CUDA tensors: seen in the dispatcher's table, since there is no GPU."""
+    if not cuda.builder.load():
+        pytest.skip(cuda.builder.status()[1])
+    monkeypatch.setattr(cuda, "_registrations", [])
+    cuda._register(kernels)
+    for name in ("scatter_add_", "gather", "adam8bit_step_"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"sltrain::{name}", "CUDA")
