@@ -1,8 +1,8 @@
 """Package and, on request, the ahead-of-time C++ ops (SLTRAIN_BUILD_OPS=1 with --no-build-isolation)."""
 
 import os
-from pathlib import Path
 import sysconfig
+from pathlib import Path
 
 from setuptools import find_packages, setup
 

@@ -54,8 +54,10 @@ def nvcc() -> str | None:
     """Path of nvcc: under CUDA_HOME where that is set, else the first on PATH, else the usual place."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     places = [Path(home) / "bin" / "nvcc"] if home else []
-    return next((str(p) for p in places if p.is_file()), None) or shutil.which("nvcc") or shutil.which(
-        "nvcc", path="/usr/local/cuda/bin"
+    return (
+        next((str(p) for p in places if p.is_file()), None)
+        or shutil.which("nvcc")
+        or shutil.which("nvcc", path="/usr/local/cuda/bin")
     )
 
 

@@ -195,7 +195,7 @@ def _gradient_buffers(x, A, B, values, *needed):
 
 
 def _save(ctx, inputs, output):
-    x, A, B, values, rows, columns, bias, scaling, mode = inputs
+    x, A, B, values, rows, columns, _bias, scaling, mode = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(x, A, B, values, rows, columns, *output[1:] * (mode != "compose"))

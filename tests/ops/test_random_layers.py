@@ -23,7 +23,12 @@ def draw(case: int) -> dict:
     least = 2  # a single number may cancel to less than its parts' rounding
     in_, out = (g.choice([least, 7, 16, 33, 64, 130, 260, 515]) for _ in range(2))
     return {
-        "sizes": (in_, out, g.randint(least, max(least, min(in_, out, 40))), g.choice([1, 3, 15, 64, 65, 200, 300, 520])),
+        "sizes": (
+            in_,
+            out,
+            g.randint(least, max(least, min(in_, out, 40))),
+            g.choice([1, 3, 15, 64, 65, 200, 300, 520]),
+        ),
         "density": g.choice([0.0, 0.01, 0.03, 0.05, 0.3, 1.0]),
         "dtype": dtype,
         "mode": MODES[case % len(MODES)],
