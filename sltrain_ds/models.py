@@ -12,6 +12,7 @@ from sltrain_ds import methods
 from sltrain_ds.config.presets import PRESETS
 from sltrain_ds.errors import UserError
 from sltrain_ds.methods.base import MethodLinear
+from sltrain_ds.ops import modes
 
 
 def build(run, device: str | torch.device = "cpu", partition: Callable[[nn.Module], None] | None = None):
@@ -133,6 +134,7 @@ def _check_method(path: Path, block) -> None:
 def _fit_for_training(model, run) -> None:
     model.config.use_cache = False
     model.train()
+    modes.set_op_mode(model, run.sltrain.op_mode)
     kind = run.sltrain.model.activation_checkpointing
     if kind != "none":
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": kind == "reentrant"})

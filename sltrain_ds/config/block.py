@@ -214,7 +214,9 @@ class SLTrainBlock(Block):
         False, description="update inside the backward pass; not in this version"
     )
     clipping: Literal["global"] = Field("global", description="what gradient_clipping bounds")
-    op_mode: Literal["auto", "compose"] = Field("auto", description="how an SLTrain layer computes; auto: compose")
+    op_mode: Literal["auto", "compose", "factored", "factored_dense", "keep"] = Field(
+        "auto", description="how an SLTrain layer computes; auto: the cheapest for its shape, by a cost model"
+    )
     deterministic: bool = Field(False, description="only deterministic kernels")
     on_nonfinite: Literal["stop"] = Field("stop", description="at a loss or gradient that is not finite")
     norm: Literal["torch", "apex"] = Field("torch", description="RMSNorm of transformers, or NVIDIA apex's fused one")

@@ -105,7 +105,6 @@ def _resolve_block(block, data, stem, resolved):
     directory = fill("checkpoint.dir", checkpoint.dir, f"{run_dir}/checkpoints")
     changed = {
         "precision": precision.model_copy(update={"weights": weights, "backend": backend}),
-        "op_mode": fill("op_mode", block.op_mode, "compose"),
         "run_dir": run_dir,
         "checkpoint": checkpoint.model_copy(update={"dir": directory}),
     }

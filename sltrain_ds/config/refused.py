@@ -14,8 +14,6 @@ _BLOCK_VALUES = {
     ("per_layer_update", True): f"{_LATER}; set false",
     ("clipping", "per_layer"): f'{_LATER} (it belongs to per_layer_update); set "global"',
     ("clipping", "lagged"): f'{_LATER} (it belongs to per_layer_update); set "global"',
-    ("op_mode", "factored"): f'{_LATER}; set "auto" or "compose"',
-    ("op_mode", "keep"): f'{_LATER}; set "auto" or "compose"',
     ("precision.states", "4bit"): f'{_LATER}; set "8bit" or "32bit"',
     ("precision.weights", "bf16_stochastic"): f'{_LATER}; set "bf16" (plain rounding) or "fp32_master"',
     ("precision.backend", "ours"): f'{_LATER}; set "auto" or "bitsandbytes"',

@@ -152,7 +152,7 @@ BAD = {
     ),
     "stochastic rounding": ("sltrain.precision.weights", "bf16_stochastic", ["bf16_stochastic", '"fp32_master"']),
     "lagged clipping": ("sltrain.clipping", "lagged", ["sltrain.clipping", 'set "global"']),
-    "factored": ("sltrain.op_mode", "factored", ["sltrain.op_mode", '"compose"']),
+    "unknown mode": ("sltrain.op_mode", "dense", ["sltrain.op_mode", '"factored"']),
     "4-bit": ("sltrain.precision.states", "4bit", ["sltrain.precision.states", '"8bit"']),
     "fp16": ("fp16", {"enabled": True}, ["fp16.enabled", "bf16.enabled true"]),
     "old bf16 spelling": ("bfloat16", {"enabled": True}, ["bfloat16: is the old spelling", '"bf16"']),
