@@ -9,6 +9,7 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 
 #include <omp.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <type_traits>
@@ -34,9 +35,55 @@ class OneThread {
   int openmp_, mkl_;
 };
 
-constexpr int64_t kEnough = 8;         // blocks, as long as their sides stay
-constexpr int64_t kShortest = 256;     // at least this
-constexpr int64_t kLongest = 2048;     // sides from here on are halved in any case, for machines with many cores
+constexpr int64_t kWorth = 1 << 20;    // multiply-adds from which on two threads may share them
+constexpr int64_t kShortest = 256;     // side of a block
+
+// Blocks to aim at: one for each core that the machine has, whatever this process may use of them.
+int64_t enough() {
+  static const int64_t count = std::clamp<int64_t>(sysconf(_SC_NPROCESSORS_CONF), 2, 256);
+  return count;
+}
+
+typedef uint16_t Eight __attribute__((vector_size(16), may_alias, aligned(2)));
+#if defined(__clang__)
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Mask{__VA_ARGS__})
+#endif
+#define ZIP_LOW(a, b) SHUFFLE(a, b, 0, 8, 1, 9, 2, 10, 3, 11)
+#define ZIP_HIGH(a, b) SHUFFLE(a, b, 4, 12, 5, 13, 6, 14, 7, 15)
+
+// a (rows, columns) of a two-byte type, stored by columns, as a row-major tensor
+at::Tensor turned(const at::Tensor& a) {
+  typedef uint16_t Mask __attribute__((vector_size(16)));
+  constexpr int64_t kLine = 32;  // elements of a cache line
+  const int64_t rows = a.size(0), columns = a.size(1), stride = a.stride(1);
+  auto result = at::empty({rows, columns}, a.options());
+  const uint16_t* from = static_cast<const uint16_t*>(a.const_data_ptr());
+  uint16_t* to = static_cast<uint16_t*>(result.mutable_data_ptr());
+  const int64_t whole_rows = rows / 8 * 8, whole_columns = columns / 8 * 8;
+  for (int64_t line = 0; line < whole_rows; line += kLine) {
+    for (int64_t c = 0; c < whole_columns; c += 8) {
+      for (int64_t r = line; r < std::min(line + kLine, whole_rows); r += 8) {
+        Eight v[8], w[8];
+        for (int i = 0; i < 8; ++i) v[i] = *reinterpret_cast<const Eight*>(from + (c + i) * stride + r);
+        // three perfect shuffles of the eight vectors turn the tile
+        for (int i = 0; i < 4; ++i) w[2 * i] = ZIP_LOW(v[i], v[i + 4]), w[2 * i + 1] = ZIP_HIGH(v[i], v[i + 4]);
+        for (int i = 0; i < 4; ++i) v[2 * i] = ZIP_LOW(w[i], w[i + 4]), v[2 * i + 1] = ZIP_HIGH(w[i], w[i + 4]);
+        for (int i = 0; i < 4; ++i) w[2 * i] = ZIP_LOW(v[i], v[i + 4]), w[2 * i + 1] = ZIP_HIGH(v[i], v[i + 4]);
+        for (int i = 0; i < 8; ++i) *reinterpret_cast<Eight*>(to + (r + i) * columns + c) = w[i];
+      }
+    }
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t c = r < whole_rows ? whole_columns : 0; c < columns; ++c) to[r * columns + c] = from[c * stride + r];
+  }
+  return result;
+}
+
+at::Tensor piece(const at::Tensor& x, int64_t row, int64_t height, int64_t column, int64_t width) {
+  return x.as_strided({height, width}, x.strides(), x.storage_offset() + row * x.stride(0) + column * x.stride(1));
+}
 
 int64_t blocks(int64_t size, int64_t block) { return (size + block - 1) / block; }
 
@@ -48,13 +95,12 @@ void gemm(at::Tensor& out, const at::Tensor& a, const at::Tensor& b, double alph
   TORCH_CHECK(a.size(0) == M && b.size(1) == N && a.size(1) == b.size(0), "gemm: shapes do not fit");
   if (M == 0 || N == 0) return;
   // a narrow type's library kernels want `a` row-major: each thread turns its own rows, so split rows alone
-  const bool turn = a.element_size() == 2 && a.stride(1) != 1 && a.size(1) > 1 && M > 1;
+  const bool turn = a.element_size() == 2 && a.stride(0) == 1 && a.stride(1) != 1 && a.size(1) > 1 && M > 1;
   int64_t rows = M, columns = N;
-  while (true) {
-    const bool by_rows = turn || rows >= columns;
-    int64_t& side = by_rows ? rows : columns;
-    const int64_t count = blocks(M, rows) * blocks(N, columns);
-    if (!(count < 2 ? side > 1 : (count < kEnough && side >= 2 * kShortest) || side >= kLongest)) break;
+  while (M * N * a.size(1) >= kWorth && blocks(M, rows) * blocks(N, columns) < enough()) {
+    // long rows of a suit the libraries best, so columns go first, down to a point
+    int64_t& side = turn && rows >= 2 * kShortest ? rows : columns >= rows || columns >= 4 * kShortest ? columns : rows;
+    if (side < 2 * kShortest && blocks(M, rows) * blocks(N, columns) > 1) break;
     side = side > 64 ? (side / 2 + 31) / 32 * 32 : (side + 1) / 2;
   }
   const int64_t across = blocks(N, columns);
@@ -64,10 +110,10 @@ void gemm(at::Tensor& out, const at::Tensor& a, const at::Tensor& b, double alph
     for (int64_t i = begin; i < end; ++i) {
       const int64_t row = i / across * rows, column = i % across * columns;
       const int64_t height = std::min(rows, M - row), width = std::min(columns, N - column);
-      auto left = a.narrow(0, row, height);
-      if (turn) left = left.contiguous();
-      const auto right = b.narrow(1, column, width);
-      auto target = out.narrow(0, row, height).narrow(1, column, width);
+      auto left = piece(a, row, height, 0, a.size(1));
+      if (turn) left = turned(left);
+      const auto right = piece(b, 0, b.size(0), column, width);
+      auto target = piece(out, row, height, column, width);
       if (bias) {
         at::addmm_out(target, bias->narrow(0, column, width), left, right, 1, alpha);
       } else {

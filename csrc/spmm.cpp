@@ -15,6 +15,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <type_traits>
+#include <utility>
 
 #pragma GCC diagnostic ignored "-Wpsabi"  // vectors are passed between inlined functions alone
 
@@ -26,27 +27,33 @@
 
 #define KERNEL_ISA portable
 #define KERNEL_TARGET
+#define KERNEL_LANES 4
 #define KERNEL_ACCUMULATORS 4
 #include "spmm_kernels.h"
 #undef KERNEL_ISA
 #undef KERNEL_TARGET
+#undef KERNEL_LANES
 #undef KERNEL_ACCUMULATORS
 
 #if defined(__x86_64__)
 #define KERNEL_ISA avx2
 #define KERNEL_TARGET __attribute__((target("avx2,fma")))
+#define KERNEL_LANES 8
 #define KERNEL_ACCUMULATORS 4
 #include "spmm_kernels.h"
 #undef KERNEL_ISA
 #undef KERNEL_TARGET
+#undef KERNEL_LANES
 #undef KERNEL_ACCUMULATORS
 
 #define KERNEL_ISA avx512
 #define KERNEL_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
+#define KERNEL_LANES 16
 #define KERNEL_ACCUMULATORS 8
 #include "spmm_kernels.h"
 #undef KERNEL_ISA
 #undef KERNEL_TARGET
+#undef KERNEL_LANES
 #undef KERNEL_ACCUMULATORS
 #endif
 
@@ -78,17 +85,17 @@ Isa isa = best_isa();
 #endif
 
 constexpr int64_t kPanel = 256;      // tokens transposed together
-constexpr int64_t kChannels = 32;    // channels whose sums leave the kernel together
+constexpr int64_t kChannels = 32;    // channels whose sums are turned together
+constexpr int64_t kSlab = 5632;      // columns of S taken together: their block should stay in a second-level cache
+constexpr int64_t kPiece = 2048;     // channels whose sums wait for the next slab
 constexpr int64_t kAlignment = 64;   // bytes
 
 int64_t aligned(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
-// Vectors of 64 bytes a channel: a whole block should stay in a core's second-level cache.
-int vectors(int64_t channels, int64_t tokens) {
-  const int64_t wanted = channels <= 5632 ? 4 : channels <= 12288 ? 2 : 1;
-  const int64_t useful = (tokens + 15) / 16;
-  return wanted >= 4 && useful >= 3 ? 4 : wanted >= 2 && useful >= 2 ? 2 : 1;
-}
+// Vectors of 64 bytes a channel.
+int vectors(int64_t tokens) { return tokens > 32 ? 4 : tokens > 16 ? 2 : 1; }
+
+int64_t slabs(int64_t columns) { return std::max<int64_t>(1, (columns + kSlab - 1) / kSlab); }
 
 // Hands out aligned pieces of the caller's scratch.
 class Arena {
@@ -112,10 +119,28 @@ class Arena {
 
 template <typename T, typename Index>
 struct Support {
-  int64_t rows;
+  int64_t rows, width;
   const int32_t* pointers;
   const Index* columns;
   const T* values;
+  int32_t* cuts;  // where each row enters slabs 1, 2, ...
+
+  Support(int64_t rows, int64_t width, const int32_t* pointers, const Index* columns, const T* values, Arena& arena)
+      : rows(rows), width(width), pointers(pointers), columns(columns), values(values),
+        cuts(arena.take<int32_t>((slabs(width) - 1) * rows)) {
+    const int64_t count = slabs(width);
+    at::parallel_for(0, count > 1 ? rows : 0, 256, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        for (int64_t s = 1; s < count; ++s) {
+          const auto edge = static_cast<Index>(width * s / count);
+          cuts[(s - 1) * rows + row] =
+              std::lower_bound(columns + pointers[row], columns + pointers[row + 1], edge) - columns;
+        }
+      }
+    });
+  }
+  const int32_t* begins(int64_t slab) const { return slab == 0 ? pointers : cuts + (slab - 1) * rows; }
+  const int32_t* ends(int64_t slab) const { return slab == slabs(width) - 1 ? pointers + 1 : cuts + slab * rows; }
 };
 
 // values as T: the tensor's own where they are, else widened into the arena
@@ -165,7 +190,7 @@ Support<T, Row> transposed(const Support<T, Index>& S, int64_t in_features, Aren
       values[place] = S.values[i];
     });
   });
-  return {in_features, pointers, rows, values};
+  return {in_features, S.rows, pointers, rows, values, arena};
 }
 
 // One activation (tokens, channels), row-major, and the panel that holds some of its tokens, transposed.
@@ -175,6 +200,7 @@ struct Activation {
   int64_t tokens, channels;
   int width = 0;
   T* panel = nullptr;
+  T* sums = nullptr;  // of each thread
 
   Activation(const at::Tensor& matrix)
       : data(const_cast<In*>(matrix.const_data_ptr<In>())), tokens(matrix.size(0)), channels(matrix.size(1)) {}
@@ -186,6 +212,7 @@ struct Activation {
   void set_panel(int V, Arena& arena) {
     width = V * 64 / sizeof(T);
     panel = arena.take<T>((std::min(kPanel, tokens) + width - 1) / width * width * channels);
+    sums = arena.take<T>(at::get_num_threads() * kPiece * width);
   }
 
   void fill_panel(int64_t first) const {
@@ -212,19 +239,23 @@ struct Activation {
 template <typename T, typename In, typename Index>
 void add_product(const Support<T, Index>& S, const Activation<T, In>& source, int64_t first,
                  const Activation<T, In>& target) {
-  constexpr int64_t kChunk = 8 * kChannels;
-  const int64_t chunks = (S.rows + kChunk - 1) / kChunk;
+  const int64_t count = slabs(S.width), piece = count > 1 ? kPiece : kChannels, chunk = std::max<int64_t>(256, piece);
+  const int64_t chunks = (S.rows + chunk - 1) / chunk;
   const int width = source.width;
   at::parallel_for(0, source.blocks(first) * chunks, 1, [&](int64_t begin, int64_t end) {
-    alignas(64) T sums[kChannels * 256 / sizeof(T)];
+    T* sums = source.sums + at::get_thread_num() * kPiece * width;
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t b = task / chunks, from = task % chunks * kChunk, to = std::min(S.rows, from + kChunk);
-      const int64_t token = first + b * width;
-      for (int64_t row = from; row < to; row += kChannels) {
-        const int64_t last = std::min(to, row + kChannels);
-        WITH_VECTORS(width, T, CALL(multiply<V>(source.block(b), S.pointers, S.columns, S.values, row, last, sums)));
-        CALL(add_sums(sums, static_cast<int>(last - row), width, source.used(token), target.channels,
-                      target.data + token * target.channels + row));
+      const int64_t b = task / chunks, token = first + b * width, to = std::min(S.rows, task % chunks * chunk + chunk);
+      for (int64_t row = task % chunks * chunk; row < to; row += piece) {
+        const int64_t last = std::min(to, row + piece);
+        for (int64_t s = 0; s < count; ++s) {
+          WITH_VECTORS(width, T, CALL(multiply<V>(source.block(b), S.begins(s), S.ends(s), S.columns, S.values, row,
+                                                  last, s > 0, sums)));
+        }
+        for (int64_t c = row; c < last; c += kChannels) {
+          CALL(add_sums(sums + (c - row) * width, static_cast<int>(std::min(kChannels, last - c)), width,
+                        source.used(token), target.channels, target.data + token * target.channels + c));
+        }
       }
     }
   });
@@ -237,8 +268,10 @@ void add_samples(const Support<T, Index>& S, const Activation<T, In>& dy, const 
   const int64_t grain = std::max<int64_t>(1, S.rows * 4096 / std::max<int64_t>(1, S.pointers[S.rows]));
   at::parallel_for(0, S.rows, grain, [&](int64_t begin, int64_t end) {
     for (int64_t b = 0; b < x.blocks(first); ++b) {
-      WITH_VECTORS(x.width, T, CALL(sample<V>(dy.block(b), x.block(b), S.pointers, S.columns, begin, end,
-                                              first + b > 0, out)));
+      for (int64_t s = 0; s < slabs(S.width); ++s) {
+        WITH_VECTORS(x.width, T, CALL(sample<V>(dy.block(b), x.block(b), S.begins(s), S.ends(s), S.columns, begin, end,
+                                                first + b > 0, out)));
+      }
     }
   });
 }
@@ -272,7 +305,10 @@ int64_t spmm_scratch(int64_t tokens, int64_t out_features, int64_t in_features, 
   const int64_t wide = std::max<int64_t>(4, itemsize), panel = std::min<int64_t>(kPanel, (tokens + 63) / 64 * 64);
   const int64_t panels = panel * (out_features + in_features) * wide;
   const int64_t column_order = nnz * (4 + wide) + (2 * in_features + 1) * 4;
-  return panels + column_order + 2 * nnz * wide + 16 * kAlignment;  // values and their gradient, where they are widened
+  const int64_t cuts = (slabs(out_features) * in_features + slabs(in_features) * out_features) * 4;
+  const int64_t sums = 2 * at::get_num_threads() * kPiece * 64 * wide;
+  // and the values and their gradient, where they are widened
+  return panels + column_order + cuts + sums + 2 * nnz * wide + 16 * kAlignment;
 }
 
 void spmm(at::Tensor& y, const at::Tensor& x, const at::Tensor& rows, const at::Tensor& columns,
@@ -285,8 +321,9 @@ void spmm(at::Tensor& y, const at::Tensor& x, const at::Tensor& rows, const at::
     using Index = std::remove_const_t<std::remove_pointer_t<decltype(column)>>;
     Arena arena(scratch);
     Activation<T, In> source(x), target(y);
-    source.set_panel(vectors(source.channels, source.tokens), arena);
-    const Support<T, Index> S{target.channels, rows.const_data_ptr<int32_t>(), column, widened<T>(values, arena)};
+    source.set_panel(vectors(source.tokens), arena);
+    const Support<T, Index> S(target.channels, source.channels, rows.const_data_ptr<int32_t>(), column,
+                              widened<T>(values, arena), arena);
     for (int64_t first = 0; first < source.tokens; first += kPanel) {
       source.fill_panel(first);
       add_product(S, source, first, target);
@@ -310,10 +347,10 @@ void spmm_backward(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& 
     using Index = std::remove_const_t<std::remove_pointer_t<decltype(column)>>;
     Arena arena(scratch);
     Activation<T, In> left(dy), right(x);
-    const int shared = std::min(vectors(left.channels, left.tokens), vectors(right.channels, left.tokens));
-    left.set_panel(shared, arena);
-    right.set_panel(shared, arena);
-    const Support<T, Index> S{left.channels, rows.const_data_ptr<int32_t>(), column, widened<T>(values, arena)};
+    left.set_panel(vectors(left.tokens), arena);
+    right.set_panel(vectors(left.tokens), arena);
+    const Support<T, Index> S(left.channels, right.channels, rows.const_data_ptr<int32_t>(), column,
+                              widened<T>(values, arena), arena);
     const bool direct = need_values && dvalues.scalar_type() == c10::CppTypeToScalarType<T>::value;
     T* samples = !need_values ? nullptr : direct ? dvalues.mutable_data_ptr<T>() : arena.take<T>(dvalues.numel());
     const auto run = [&](const auto& by_column, const Activation<T, In>& target) {

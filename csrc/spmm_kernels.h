@@ -17,20 +17,20 @@ struct Vector {
   static constexpr int lanes = 64 / sizeof(T);
 };
 
-// out[(row - first) * width ...] = sum of value * block[column], rows [first, last)
+// out[(row - first) * width ...] (+)= sum of value * block[column] over [begins[row], ends[row]), rows [first, last)
 template <int V, typename T, typename Index>
-KERNEL void multiply(const T* block, const int32_t* pointers, const Index* columns, const T* values, int64_t first,
-                     int64_t last, T* out) {
+KERNEL void multiply(const T* block, const int32_t* begins, const int32_t* ends, const Index* columns, const T* values,
+                     int64_t first, int64_t last, bool add, T* out) {
   using vec = typename Vector<T>::type;
   constexpr int W = V * Vector<T>::lanes;
   constexpr int U = KERNEL_ACCUMULATORS / V > 1 ? KERNEL_ACCUMULATORS / V : 1;  // non-zeros in flight
   for (int64_t row = first; row < last; ++row, out += W) {
     vec sums[U][V];
     for (int u = 0; u < U; ++u) {
-      for (int v = 0; v < V; ++v) sums[u][v] = vec{};
+      for (int v = 0; v < V; ++v) sums[u][v] = add && u == 0 ? reinterpret_cast<const vec*>(out)[v] : vec{};
     }
-    int64_t i = pointers[row];
-    const int64_t end = pointers[row + 1];
+    int64_t i = begins[row];
+    const int64_t end = ends[row];
     for (; i + U <= end; i += U) {
 #pragma GCC unroll 8
       for (int u = 0; u < U; ++u) {
@@ -55,144 +55,205 @@ KERNEL void multiply(const T* block, const int32_t* pointers, const Index* colum
   }
 }
 
+// -- turning activations into blocks and back: tiles of kTile x kTile floats, in registers
+
+constexpr int kTile = KERNEL_LANES;
+typedef float Row __attribute__((vector_size(4 * kTile), may_alias));
+typedef float LooseRow __attribute__((vector_size(4 * kTile), may_alias, aligned(4)));
+typedef uint32_t Words __attribute__((vector_size(4 * kTile), may_alias));
+typedef uint16_t Halves __attribute__((vector_size(2 * kTile), may_alias, aligned(2)));
+
+// kTile neighbours as floats; bf16 widens by a shift and rounds to nearest even
+KERNEL_INLINE Row load(const float* from) { return *reinterpret_cast<const LooseRow*>(from); }
+KERNEL_INLINE Row load(const at::BFloat16* from) {
+  return (Row)(__builtin_convertvector(*reinterpret_cast<const Halves*>(from), Words) << 16);
+}
+KERNEL_INLINE Row load(const at::Half* from) {
+  Row row;
+  for (int i = 0; i < kTile; ++i) row[i] = static_cast<float>(from[i]);
+  return row;
+}
+KERNEL_INLINE void store(float* to, Row row) { *reinterpret_cast<LooseRow*>(to) = row; }
+KERNEL_INLINE void store(at::BFloat16* to, Row row) {
+  const Words bits = (Words)row;
+  const Words rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+  const Words quiet = (bits >> 16) | 0x40;  // a NaN must not round to infinity
+  const Words nan = (Words)((bits & 0x7FFFFFFF) > 0x7F800000);
+  *reinterpret_cast<Halves*>(to) = __builtin_convertvector((nan & quiet) | (~nan & rounded), Halves);
+}
+KERNEL_INLINE void store(at::Half* to, Row row) {
+  for (int i = 0; i < kTile; ++i) to[i] = static_cast<at::Half>(row[i]);
+}
+
+// Which element of (a, b) goes to place i, in lanes of four: pairs of single elements, pairs of pairs, whole lanes.
+template <int High>
+struct Singles {
+  static constexpr int at(int i) { return (i % 2) * kTile + i / 4 * 4 + 2 * High + i % 4 / 2; }
+};
+template <int High>
+struct Doubles {
+  static constexpr int at(int i) { return (i % 4 / 2) * kTile + i / 4 * 4 + 2 * High + i % 2; }
+};
+template <int Odd>
+struct Lanes {
+  static constexpr int half = kTile >= 8 ? kTile / 8 : 1;
+  static constexpr int at(int i) { return i / 4 / half * kTile + (i / 4 % half * 2 + Odd) * 4 + i % 4; }
+};
+template <typename Pattern, size_t... I>
+KERNEL_INLINE Row pick(Row a, Row b, std::index_sequence<I...>) {
+  typedef int32_t Mask __attribute__((vector_size(4 * kTile)));
+  return SHUFFLE(a, b, Pattern::at(I)...);
+}
+template <typename Pattern>
+KERNEL_INLINE Row pick(Row a, Row b) {
+  return pick<Pattern>(a, b, std::make_index_sequence<kTile>());
+}
+
+KERNEL_INLINE void transpose(Row (&r)[kTile]) {
+  Row q[kTile];  // q[4 g + k]: lane l holds column 4 l + k of rows 4 g ... 4 g + 3
+#pragma GCC unroll 4
+  for (int g = 0; g < kTile; g += 4) {
+    const Row low01 = pick<Singles<0>>(r[g], r[g + 1]), high01 = pick<Singles<1>>(r[g], r[g + 1]);
+    const Row low23 = pick<Singles<0>>(r[g + 2], r[g + 3]), high23 = pick<Singles<1>>(r[g + 2], r[g + 3]);
+    q[g] = pick<Doubles<0>>(low01, low23), q[g + 1] = pick<Doubles<1>>(low01, low23);
+    q[g + 2] = pick<Doubles<0>>(high01, high23), q[g + 3] = pick<Doubles<1>>(high01, high23);
+  }
+#pragma GCC unroll 4
+  for (int k = 0; k < 4; ++k) {
+    if constexpr (kTile == 4) {
+      r[k] = q[k];
+    } else if constexpr (kTile == 8) {
+      r[k] = pick<Lanes<0>>(q[k], q[4 + k]), r[4 + k] = pick<Lanes<1>>(q[k], q[4 + k]);
+    } else {
+      const Row even01 = pick<Lanes<0>>(q[k], q[4 + k]), odd01 = pick<Lanes<1>>(q[k], q[4 + k]);
+      const Row even23 = pick<Lanes<0>>(q[8 + k], q[12 + k]), odd23 = pick<Lanes<1>>(q[8 + k], q[12 + k]);
+      r[k] = pick<Lanes<0>>(even01, even23), r[8 + k] = pick<Lanes<1>>(even01, even23);
+      r[4 + k] = pick<Lanes<0>>(odd01, odd23), r[12 + k] = pick<Lanes<1>>(odd01, odd23);
+    }
+  }
+}
+
+// element j: the sum of r[j]
+KERNEL_INLINE Row add_across(Row (&r)[kTile]) {
+  Row g[kTile / 4];  // lane l of g[k], element j: lane l of r[4 k + j], summed
+#pragma GCC unroll 4
+  for (int k = 0; k < kTile / 4; ++k) {
+    Row *a = r + 4 * k, ab = pick<Singles<0>>(a[0], a[1]) + pick<Singles<1>>(a[0], a[1]);
+    const Row cd = pick<Singles<0>>(a[2], a[3]) + pick<Singles<1>>(a[2], a[3]);
+    g[k] = pick<Doubles<0>>(ab, cd) + pick<Doubles<1>>(ab, cd);
+  }
+  if constexpr (kTile == 4) {
+    return g[0];
+  } else if constexpr (kTile == 8) {
+    return pick<Lanes<0>>(g[0], g[1]) + pick<Lanes<1>>(g[0], g[1]);
+  } else {
+    const Row h01 = pick<Lanes<0>>(g[0], g[1]) + pick<Lanes<1>>(g[0], g[1]);
+    const Row h23 = pick<Lanes<0>>(g[2], g[3]) + pick<Lanes<1>>(g[2], g[3]);
+    return pick<Lanes<0>>(h01, h23) + pick<Lanes<1>>(h01, h23);
+  }
+}
+
 // out[j] (+)= sum of parts[j * lanes ...], j < count
 template <typename T>
 KERNEL_INLINE void reduce(const T* parts, int count, bool add, T* out) {
   constexpr int lanes = Vector<T>::lanes;
-  typedef T quad __attribute__((vector_size(4 * sizeof(T)), may_alias));
-  for (int j = 0; j < count; ++j) {
-    const quad* part = reinterpret_cast<const quad*>(parts + j * lanes);
-    quad sum = part[0];
-    for (int q = 1; q < lanes / 4; ++q) sum += part[q];
-    const T total = (sum[0] + sum[2]) + (sum[1] + sum[3]);
-    out[j] = add ? out[j] + total : total;
+  if constexpr (std::is_same_v<T, float>) {
+    for (int first = 0; first < count; first += kTile, out += kTile) {
+      Row r[kTile];
+#pragma GCC unroll 16
+      for (int j = 0; j < kTile; ++j) {
+        const Row* part = reinterpret_cast<const Row*>(parts + (first + j) * lanes);
+        r[j] = part[0];
+        for (int q = 1; q < lanes / kTile; ++q) r[j] += part[q];
+      }
+      Row sums = add_across(r);
+      if (count - first >= kTile) {
+        store(out, add ? load(out) + sums : sums);
+      } else {
+        for (int j = 0; j < count - first; ++j) out[j] = add ? out[j] + sums[j] : sums[j];
+      }
+    }
+  } else {
+    for (int j = 0; j < count; ++j) {
+      T sum = 0;
+      for (int q = 0; q < lanes; ++q) sum += parts[j * lanes + q];
+      out[j] = add ? out[j] + sum : sum;
+    }
   }
 }
 
-// out[i] (+)= dot of row_block[row] and column_block[column] over the block's tokens, every non-zero i of [first, last)
+// out[i] (+)= dot of row_block[row] and column_block[column] over the block's tokens, i in [begins[row], ends[row])
 template <int V, typename T, typename Index>
-KERNEL void sample(const T* row_block, const T* column_block, const int32_t* pointers, const Index* columns,
-                   int64_t first, int64_t last, bool add, T* out) {
+KERNEL void sample(const T* row_block, const T* column_block, const int32_t* begins, const int32_t* ends,
+                   const Index* columns, int64_t first, int64_t last, bool add, T* out) {
   using vec = typename Vector<T>::type;
   constexpr int lanes = Vector<T>::lanes, W = V * lanes;
-  alignas(64) T parts[lanes * lanes];
-  int64_t i = pointers[first];
-  int filled = 0;
+  alignas(64) T parts[lanes * lanes] = {};
   for (int64_t row = first; row < last; ++row) {
     const vec* left = reinterpret_cast<const vec*>(row_block + row * W);
     vec mine[V];
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) mine[v] = left[v];
-    for (const int64_t end = pointers[row + 1]; i < end; ++i) {
-      const vec* right = reinterpret_cast<const vec*>(column_block + static_cast<size_t>(columns[i]) * W);
-      vec sum = mine[0] * right[0];
+    for (int64_t i = begins[row], end = ends[row]; i < end; i += lanes) {
+      const int count = static_cast<int>(std::min<int64_t>(lanes, end - i));
+      for (int j = 0; j < count; ++j) {
+        const vec* right = reinterpret_cast<const vec*>(column_block + static_cast<size_t>(columns[i + j]) * W);
+        vec sum = mine[0] * right[0];
 #pragma GCC unroll 4
-      for (int v = 1; v < V; ++v) sum += mine[v] * right[v];
-      reinterpret_cast<vec*>(parts)[filled] = sum;
-      if (++filled == lanes) {
-        reduce(parts, lanes, add, out + i + 1 - lanes);
-        filled = 0;
+        for (int v = 1; v < V; ++v) sum += mine[v] * right[v];
+        reinterpret_cast<vec*>(parts)[j] = sum;
       }
+      reduce(parts, count, add, out + i);
     }
   }
-  reduce(parts, filled, add, out + i - filled);
-}
-
-template <typename T>
-struct Quad {
-  typedef T type __attribute__((vector_size(4 * sizeof(T)), may_alias));
-  typedef T loose __attribute__((vector_size(4 * sizeof(T)), may_alias, aligned(sizeof(T))));
-};
-typedef uint16_t Half4 __attribute__((vector_size(8), may_alias, aligned(2)));
-typedef uint32_t Word4 __attribute__((vector_size(16), may_alias));
-
-// four neighbours as T; bf16 widens by a shift and rounds to nearest even
-KERNEL_INLINE Quad<float>::type load4(const float* from) { return *reinterpret_cast<const Quad<float>::loose*>(from); }
-KERNEL_INLINE Quad<double>::type load4(const double* from) {
-  return *reinterpret_cast<const Quad<double>::loose*>(from);
-}
-KERNEL_INLINE Quad<float>::type load4(const at::BFloat16* from) {
-  const Half4 bits = *reinterpret_cast<const Half4*>(from);
-  return (Quad<float>::type)(__builtin_convertvector(bits, Word4) << 16);
-}
-KERNEL_INLINE Quad<float>::type load4(const at::Half* from) {
-  return Quad<float>::type{static_cast<float>(from[0]), static_cast<float>(from[1]), static_cast<float>(from[2]),
-                           static_cast<float>(from[3])};
-}
-KERNEL_INLINE void store4(float* to, Quad<float>::type what) { *reinterpret_cast<Quad<float>::loose*>(to) = what; }
-KERNEL_INLINE void store4(double* to, Quad<double>::type what) { *reinterpret_cast<Quad<double>::loose*>(to) = what; }
-KERNEL_INLINE void store4(at::BFloat16* to, Quad<float>::type what) {
-  const Word4 bits = (Word4)what;
-  const Word4 rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
-  const Word4 quiet = (bits >> 16) | 0x40;  // a NaN must not round to infinity
-  const Word4 nan = (Word4)((bits & 0x7FFFFFFF) > 0x7F800000);
-  *reinterpret_cast<Half4*>(to) = __builtin_convertvector((nan & quiet) | (~nan & rounded), Half4);
-}
-KERNEL_INLINE void store4(at::Half* to, Quad<float>::type what) {
-  for (int i = 0; i < 4; ++i) to[i] = static_cast<at::Half>(what[i]);
-}
-
-template <typename I, typename Q>
-KERNEL_INLINE void transpose4(Q& a, Q& b, Q& c, Q& d) {  // I: an integer as wide as Q's elements
-  typedef I Mask __attribute__((vector_size(4 * sizeof(I))));
-  const Q ab0 = SHUFFLE(a, b, 0, 4, 1, 5), ab1 = SHUFFLE(a, b, 2, 6, 3, 7);
-  const Q cd0 = SHUFFLE(c, d, 0, 4, 1, 5), cd1 = SHUFFLE(c, d, 2, 6, 3, 7);
-  a = SHUFFLE(ab0, cd0, 0, 1, 4, 5), b = SHUFFLE(ab0, cd0, 2, 3, 6, 7);
-  c = SHUFFLE(ab1, cd1, 0, 1, 4, 5), d = SHUFFLE(ab1, cd1, 2, 3, 6, 7);
-}
-KERNEL_INLINE void transpose(Quad<float>::type& a, Quad<float>::type& b, Quad<float>::type& c, Quad<float>::type& d) {
-  transpose4<int32_t>(a, b, c, d);
-}
-KERNEL_INLINE void transpose(Quad<double>::type& a, Quad<double>::type& b, Quad<double>::type& c,
-                             Quad<double>::type& d) {
-  transpose4<int64_t>(a, b, c, d);
 }
 
 // block[channel * width + token] = x[token * stride + channel], channels [first, last); tokens past `tokens` are zero
 template <typename T, typename In>
 KERNEL void fill_block(const In* x, int64_t stride, int tokens, int width, int64_t first, int64_t last, T* block) {
-  constexpr int64_t kLine = 64 / sizeof(In);
-  const int whole = tokens / 4 * 4;
-  for (int64_t line = first; line < last; line += kLine) {
-    const int64_t end = std::min(line + kLine, last), quads = line + (end - line) / 4 * 4;
-    for (int t = 0; t < whole; t += 4) {
-      const In* row = x + t * stride;
-      for (int64_t c = line; c < quads; c += 4) {
-        auto q0 = load4(row + c), q1 = load4(row + stride + c), q2 = load4(row + 2 * stride + c),
-             q3 = load4(row + 3 * stride + c);
-        transpose(q0, q1, q2, q3);
-        T* to = block + c * width + t;
-        store4(to, q0), store4(to + width, q1), store4(to + 2 * width, q2), store4(to + 3 * width, q3);
-      }
-      for (int64_t c = quads; c < end; ++c) {
-        for (int k = 0; k < 4; ++k) block[c * width + t + k] = static_cast<T>(row[k * stride + c]);
+  constexpr bool tiled = std::is_same_v<T, float>;  // fp64 is there for tests
+  const int whole = tiled ? tokens / kTile * kTile : 0;
+  const int64_t edge = tiled ? first + (last - first) / kTile * kTile : first;
+  if constexpr (tiled) {
+    for (int t = 0; t < whole; t += kTile) {
+      for (int64_t c = first; c < edge; c += kTile) {
+        Row rows[kTile];
+#pragma GCC unroll 16
+        for (int k = 0; k < kTile; ++k) rows[k] = load(x + (t + k) * stride + c);
+        transpose(rows);
+#pragma GCC unroll 16
+        for (int k = 0; k < kTile; ++k) store(block + (c + k) * width + t, rows[k]);
       }
     }
-    for (int64_t c = line; c < end; ++c) {
-      for (int t = whole; t < tokens; ++t) block[c * width + t] = static_cast<T>(x[t * stride + c]);
-      for (int t = tokens; t < width; ++t) block[c * width + t] = 0;
-    }
+  }
+  for (int64_t c = first; c < last; ++c) {
+    for (int t = c < edge ? whole : 0; t < tokens; ++t) block[c * width + t] = static_cast<T>(x[t * stride + c]);
+    for (int t = tokens; t < width; ++t) block[c * width + t] = 0;
   }
 }
 
 // y[token * stride + channel] += sums[channel * width + token]
 template <typename T, typename Out>
 KERNEL void add_sums(const T* sums, int channels, int width, int tokens, int64_t stride, Out* y) {
-  const int quads = channels / 4 * 4, whole = tokens / 4 * 4;
-  for (int t = 0; t < whole; t += 4) {
-    Out* row = y + t * stride;
-    for (int c = 0; c < quads; c += 4) {
-      const T* from = sums + c * width + t;
-      auto q0 = load4(from), q1 = load4(from + width), q2 = load4(from + 2 * width), q3 = load4(from + 3 * width);
-      transpose(q0, q1, q2, q3);
-      store4(row + c, load4(row + c) + q0);
-      store4(row + stride + c, load4(row + stride + c) + q1);
-      store4(row + 2 * stride + c, load4(row + 2 * stride + c) + q2);
-      store4(row + 3 * stride + c, load4(row + 3 * stride + c) + q3);
+  constexpr bool tiled = std::is_same_v<T, float>;
+  const int edge = tiled ? channels / kTile * kTile : 0, whole = tiled ? tokens / kTile * kTile : 0;
+  if constexpr (tiled) {
+    for (int t = 0; t < whole; t += kTile) {
+      for (int c = 0; c < edge; c += kTile) {
+        Row rows[kTile];
+#pragma GCC unroll 16
+        for (int k = 0; k < kTile; ++k) rows[k] = load(sums + (c + k) * width + t);
+        transpose(rows);
+#pragma GCC unroll 16
+        for (int k = 0; k < kTile; ++k) {
+          Out* to = y + (t + k) * stride + c;
+          store(to, load(to) + rows[k]);
+        }
+      }
     }
   }
   for (int t = 0; t < tokens; ++t) {
-    for (int c = t < whole ? quads : 0; c < channels; ++c) {
+    for (int c = t < whole ? edge : 0; c < channels; ++c) {
       y[t * stride + c] = static_cast<Out>(static_cast<T>(y[t * stride + c]) + sums[c * width + t]);
     }
   }

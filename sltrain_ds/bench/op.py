@@ -20,7 +20,7 @@ from sltrain_ds.ops import workspace
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 COLUMNS = [
-    "layer", "tokens", "dtype", "operator", "ms", "x naive's speed", "x dense's time",
+    "layer", "tokens", "dtype", "operator", "rounds", "ms", "x naive's speed", "x dense's time",
     "saved MB", "beyond x and parameters", "peak MB",
 ]  # fmt: skip
 
@@ -86,7 +86,7 @@ def table_rows(case: dict) -> list[list]:
             name += f": {found['mode']}"
         rows.append([
             f"{case['out']}x{case['in']} r{case['rank']} d{case['density']:g}", case["tokens"], case["dtype"], name,
-            1e3 * ratio(times, ones), ratio(naive, times), ratio(times, dense),
+            len(times), 1e3 * ratio(times, ones), ratio(naive, times), ratio(times, dense),
             *(megabytes(found[key]) for key in ("saved", "saved_beyond", "peak")),
         ])  # fmt: skip
     return rows

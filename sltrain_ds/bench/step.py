@@ -193,9 +193,13 @@ def _own_overrides(optimizer) -> None:
 def _be_the_only_rank() -> None:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("WORLD_SIZE: bench step measures one rank; start it without the launcher")
+    for key, value in alone().items():
+        os.environ.setdefault(key, value)
+
+
+def alone() -> dict[str, str]:
+    """What the launcher would set for one rank."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    for key, value in alone.items():
-        os.environ.setdefault(key, str(value))
+    return {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}

@@ -6,6 +6,7 @@ from sltrain_ds.bench import op
 from sltrain_ds.bench.op import Shape
 from sltrain_ds.cli import main
 from sltrain_ds.errors import UserError
+from sltrain_ds.ops import modes
 from sltrain_ds.ops.modes import CHOICES, MODES
 
 
@@ -18,7 +19,7 @@ def test_rows_hold_speed_against_naive_and_time_against_dense():
     }
     case = {"out": 3, "in": 2, "rank": 1, "density": 0.5, "tokens": 7, "dtype": "fp32", "operators": operators}
     operators["auto"] = {**operators["compose"], "mode": "compose"}
-    rows = {row[3]: row[4:] for row in op.table_rows(case)}
+    rows = {row[3]: row[5:] for row in op.table_rows(case)}
     assert rows["auto: compose"] == rows["compose"]
     assert rows["compose"] == pytest.approx([20.0, 2.0, 2.0, 2.0, 0.0, 3.5])  # 2, 3, 1.5 and 2, 1, 2
     assert rows["naive"][1] == 1.0 and rows["dense"][2] == 1.0
@@ -70,3 +71,16 @@ def test_bench_op_prints_its_table_and_keeps_every_time(tmp_path, capsys):
 def test_wrong_options_are_told_in_a_line(flags, told, capsys):
     assert main(["bench", "op", *flags]) == 2
     assert told in capsys.readouterr().err
+
+
+def test_calibrate_keeps_the_constants_that_the_modes_read(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(modes, "calibrate", lambda device: {f"{device}.float32.gemm": 5e11}, raising=False)
+    assert main(["bench", "op", "--calibrate", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "op_constants.json")
+    assert modes.load(tmp_path / "op_constants.json")["cpu.float32.gemm"] == 5e11
+
+
+def test_calibrate_says_when_the_modes_have_none(capsys, monkeypatch):
+    monkeypatch.delattr(modes, "calibrate", raising=False)
+    assert main(["bench", "op", "--calibrate"]) == 2
+    assert "--calibrate" in capsys.readouterr().err

@@ -29,14 +29,8 @@ CONFIG = {
 
 @pytest.fixture(autouse=True)
 def one_rank(monkeypatch):
-    for key, value in {
-        "RANK": 0,
-        "LOCAL_RANK": 0,
-        "WORLD_SIZE": 1,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": 29793,
-    }.items():
-        monkeypatch.setenv(key, str(value))
+    for key, value in step.alone().items():
+        monkeypatch.setenv(key, value)
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
 
 
