@@ -20,7 +20,7 @@ from sltrain_ds.bench.report import Report, megabytes
 from sltrain_ds.config import from_dict
 from sltrain_ds.config.jsonfile import read_json
 from sltrain_ds.config.overrides import apply
-from sltrain_ds.data.dataset import BatchSource, predicted_tokens
+from sltrain_ds.data.dataset import BatchSource
 from sltrain_ds.errors import UserError
 from sltrain_ds.evaluate import with_labels
 from sltrain_ds.loss import use_chunked_loss
@@ -119,7 +119,7 @@ class Engine:
     def step(self) -> None:
         run = self.run
         batches = [with_labels(self.source.micro_batch(self.done, i, 0, 1)) for i in range(run.accumulation)]
-        loop._step(self.engine, batches, sum(map(predicted_tokens, batches)) / run.accumulation, self.norm)
+        loop.optimizer_step(self.engine, batches, self.norm)
         self.done += 1
 
     def close(self) -> None:
