@@ -77,6 +77,8 @@ def _train(args) -> int:
         return 1
     finally:
         engine.destroy()
+        # else a rank may abort while Python shuts down, its communication threads still running
+        torch.distributed.destroy_process_group()
     return 0
 
 

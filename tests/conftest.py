@@ -13,6 +13,8 @@ CORPUS = ROOT / "sltrain_ds" / "data" / "austen.txt.xz"
 
 # set before any test imports DeepSpeed: a CPU run on machines without a GPU
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# its key knows an operator by its name, not by its signature: another version's code would be taken from the cache
+os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
 # the venv's ninja, whichever python was called: another version's log would have every op compiled anew
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
