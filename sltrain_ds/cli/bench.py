@@ -1,4 +1,4 @@
-"""`sltrain-ds bench op|step|adam8bit`: side by side in one run, medians and ratios."""
+"""`sltrain-ds bench op|step|adam8bit|support`: side by side in one run, medians and ratios."""
 
 import os
 from pathlib import Path
@@ -10,7 +10,7 @@ SHAPES, TOKENS = "60m,130m,350m,1b,7b", "256,1024,8192"  # of bench op
 
 def add_parser(subparsers):
     parser = subparsers.add_parser("bench", help="measure side by side: the operator, whole steps, the 8-bit optimizer")
-    benches = parser.add_subparsers(dest="bench", required=True, metavar="op|step|adam8bit")
+    benches = parser.add_subparsers(dest="bench", required=True, metavar="op|step|adam8bit|support")
 
     op = benches.add_parser("op", help="one layer: dense, naive and every mode, forward and backward")
     op.add_argument("--shapes", help=f"presets or OUTxIN:rRANK[:dDENSITY] (default {SHAPES})")
@@ -36,6 +36,13 @@ def add_parser(subparsers):
     adam.add_argument("--numel", default="1048576,16777216,45088768", help="elements (default %(default)s)")
     adam.add_argument("--dtypes", default="fp32,bf16", help="of parameter and gradient (default %(default)s)")
     _common(adam)
+
+    support = benches.add_parser("support", help="draw a support, add S into W, read dW at it, beside a plain copy")
+    support.add_argument("--shapes", default="7b", help="presets or OUTxIN:rRANK[:dDENSITY] (default %(default)s)")
+    support.add_argument("--density", type=float, help="instead of each shape's own")
+    support.add_argument("--dtypes", default="fp32,bf16", help="of W and the values (default %(default)s)")
+    support.add_argument("--model", help="instead: draw all supports of this preset, such as 7b, on the CPU")
+    _common(support)
     return parser
 
 
@@ -57,7 +64,7 @@ def run(args) -> int:
     device = _device(args)
     if device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # read when DeepSpeed is imported
-    return {"op": _op, "step": _step, "adam8bit": _adam8bit}[args.bench](args, device) or 0
+    return {"op": _op, "step": _step, "adam8bit": _adam8bit, "support": _support}[args.bench](args, device) or 0
 
 
 def _op(args, device):
@@ -106,6 +113,16 @@ def _adam8bit(args, device):
     quiet()
     numels = _numbers("--numel", args.numel)
     adam8bit.bench(numels, _names("--dtypes", args.dtypes, DTYPES), device, args.pairs, args.seconds, args.out)
+
+
+def _support(args, device):
+    from sltrain_ds.bench import op, support
+
+    if args.model:
+        support.draw_model(args.model)
+        return
+    dtypes = _names("--dtypes", args.dtypes, op.DTYPES)
+    support.bench(op.parse_shapes(args.shapes, args.density), dtypes, device, args.pairs, args.seconds, args.out)
 
 
 def _device(args) -> str:
