@@ -42,6 +42,7 @@ def _train(args) -> int:
     from sltrain_ds.files import write_json
     from sltrain_ds.logs import quiet
     from sltrain_ds.loss import use_chunked_loss
+    from sltrain_ds.zero.agree_on_modes import agree_on_modes
     from sltrain_ds.zero.initialize import initialize, partitioner
     from sltrain_ds.zero.start import start
 
@@ -56,6 +57,7 @@ def _train(args) -> int:
     model = models.build(run, device, partitioner(run))
     if run.sltrain.loss == "chunked":
         use_chunked_loss(model)
+    run = agree_on_modes(model, checkpoint.with_its_modes(run, found), device)
     engine, *_ = initialize(model=model, config=run)
     rank = engine.global_rank
 

@@ -4,10 +4,12 @@ import copy
 
 import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
 
 from sltrain_ds.config import RunConfig, from_dict
 from sltrain_ds.config.jsonfile import read_json
 from sltrain_ds.optim import build_optimizer
+from sltrain_ds.zero.agree_on_modes import agree_on_modes
 from sltrain_ds.zero.start import start
 from sltrain_ds.zero.support_check import check_supports_agree
 
@@ -27,6 +29,7 @@ def initialize(
     config = config or config_params or getattr(args, "deepspeed_config", None)
     run = _run_config(config)
     if run is not None:
+        agree_on_modes(model, run, get_accelerator().current_device_name())
         optimizer = optimizer or build_optimizer(model, run)
         config = _for_deepspeed(run, getattr(optimizer, "param_groups", []))
         args = None  # its deepspeed_config, the file itself, would be a second config
