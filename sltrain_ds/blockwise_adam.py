@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 
 from sltrain_ds.errors import UserError
-from sltrain_ds.ops import adam8bit
+from sltrain_ds.ops import adam4bit, adam8bit
 
-FORMATS = {"8bit": adam8bit}
+FORMATS = {"8bit": adam8bit, "4bit": adam4bit}
 ALIGNMENT = 256  # a segment's offset in its parameter is a multiple of this: a whole number of blocks in every format
 
 
@@ -163,6 +163,4 @@ def adam32_step_(
     v.mul_(betas[1]).addcmul_(grad, grad, value=1.0 - betas[1])
     denominator = (v.sqrt() / math.sqrt(1.0 - betas[1] ** step)).add_(eps)
     wide = torch.addcdiv(wide, m, denominator, value=-lr / (1.0 - betas[0] ** step))
-    if p.dtype == torch.bfloat16 and stochastic:
-        wide = adam8bit.round_stochastically(wide, seed, step, key, offset)
-    p.copy_(wide)
+    adam8bit.store(p, wide, stochastic, seed, step, key, offset)

@@ -1,0 +1,162 @@
+// Blockwise 4-bit Adam step on the CPU: two codes a byte, 128 values under one absmax; sltrain_ds/ops/adam4bit.py says
+// why. Works on 256 values at a time, as the 8-bit step does and as the rounding noise is keyed.
+
+#include "adam_block.h"
+
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+namespace sltrain {
+namespace {
+
+constexpr int kHalf = kStateBlock / 2;  // values that share one absmax, and bytes that hold a whole block's codes
+constexpr int kCodes = 16, kBounds = kCodes - 1;
+
+struct Map {
+  float values[kCodes], bounds[kBounds];  // ascending; a bound is the mean of its neighbours
+};
+
+VECTOR_CLONES void unpack(const uint8_t* __restrict bytes, uint8_t* __restrict codes) {
+  for (int i = 0; i < kHalf; ++i) {
+    codes[2 * i] = bytes[i] & 15u;
+    codes[2 * i + 1] = bytes[i] >> 4;
+  }
+}
+
+VECTOR_CLONES void pack(const uint8_t* __restrict codes, uint8_t* __restrict bytes) {
+  for (int i = 0; i < kHalf; ++i) bytes[i] = static_cast<uint8_t>(codes[2 * i] | codes[2 * i + 1] << 4);
+}
+
+VECTOR_CLONES void dequantize(const Map& map, const uint8_t* __restrict codes, float absmax, float* __restrict out) {
+  float scaled[kCodes];
+  for (int k = 0; k < kCodes; ++k) scaled[k] = map.values[k] * absmax;
+  for (int i = 0; i < kHalf; ++i) out[i] = scaled[codes[i]];
+}
+
+// How many bounds lie below each value in units of the absmax: the nearest code, the lower one at ties.
+VECTOR_CLONES void quantize(const Map& map, const float* __restrict x, float inverse, uint8_t* __restrict codes) {
+  int32_t words[kHalf];
+  for (int i = 0; i < kHalf; ++i) words[i] = 0;
+  for (int k = 0; k < kBounds; ++k) {
+    const float bound = map.bounds[k];
+    for (int i = 0; i < kHalf; ++i) words[i] += x[i] * inverse > bound;
+  }
+  for (int i = 0; i < kHalf; ++i) codes[i] = static_cast<uint8_t>(words[i]);
+}
+
+VECTOR_CLONES float largest(const float* __restrict x) {
+  uint32_t bits = 0;  // exact in any order, and NaN is above everything
+  for (int i = 0; i < kHalf; ++i) {
+    const uint32_t magnitude = bits_of(x[i]) & 0x7FFFFFFFu;
+    bits = magnitude > bits ? magnitude : bits;
+  }
+  return float_of(bits);
+}
+
+void widen_state(const Map& map, const uint8_t* bytes, int count, const float* absmax, uint8_t* codes, float* x) {
+  unpack(bytes, codes);
+  for (int half = 0; half < count; ++half) dequantize(map, codes + half * kHalf, absmax[half], x + half * kHalf);
+  std::fill(x + count * kHalf, x + kStateBlock, 0.0f);
+}
+
+void narrow_state(const Map& map, const float* x, int count, float* absmax, uint8_t* codes, uint8_t* bytes) {
+  for (int half = 0; half < count; ++half) {
+    absmax[half] = largest(x + half * kHalf);
+    quantize(map, x + half * kHalf, inverse_of(absmax[half]), codes + half * kHalf);
+  }
+  pack(codes, bytes);
+}
+
+template <typename P, typename G>
+void run(const AdamStep& s, const Map& signed_map, const Map& unsigned_map, int64_t numel, int64_t offset, P* p,
+         const G* g, uint8_t* m4, uint8_t* v4, float* absmax_m, float* absmax_v) {
+  at::parallel_for(0, (numel + kStateBlock - 1) / kStateBlock, 64, [&](int64_t begin, int64_t end) {
+    Block block;
+    uint8_t bytes[kHalf] = {};
+    for (int64_t index = begin; index < end; ++index) {
+      const int64_t first = index * kStateBlock, n = std::min<int64_t>(kStateBlock, numel - first);
+      const int64_t packed = (n + 1) / 2, ahead = first + kAhead * kStateBlock;
+      const int count = n > kHalf ? 2 : 1;  // absmaxes
+      if (ahead + kStateBlock <= numel) {
+        prefetch(p + ahead);
+        prefetch(g + ahead);
+      }
+      read(p + first, n, block.p, block.half);
+      read(g + first, n, block.g, block.half);
+      float* scale_m = absmax_m + 2 * index;
+      float* scale_v = absmax_v + 2 * index;
+      std::copy_n(m4 + first / 2, packed, bytes);
+      widen_state(signed_map, bytes, count, scale_m, block.m8, block.m);
+      std::copy_n(v4 + first / 2, packed, bytes);
+      widen_state(unsigned_map, bytes, count, scale_v, block.v8, block.v);
+      std::fill(block.m + n, block.m + kStateBlock, 0.0f);
+      std::fill(block.v + n, block.v + kStateBlock, 0.0f);
+      float unused_m, unused_v;
+      update(s, block, unused_m, unused_v);
+      narrow_state(signed_map, block.m, count, scale_m, block.m8, bytes);
+      if (n % 2) bytes[packed - 1] &= 15u;
+      std::copy_n(bytes, packed, m4 + first / 2);
+      narrow_state(unsigned_map, block.v, count, scale_v, block.v8, bytes);
+      if (n % 2) bytes[packed - 1] &= 15u;
+      std::copy_n(bytes, packed, v4 + first / 2);
+      if constexpr (!std::is_same_v<P, float>) round_parameters(s, offset / kStateBlock + index, block);
+      write(block, n, p + first);
+    }
+  });
+}
+
+void check(const at::Tensor& p, const at::Tensor& g, const at::Tensor& m4, const at::Tensor& v4,
+           const at::Tensor& absmax_m, const at::Tensor& absmax_v, const at::Tensor& tables, int64_t step,
+           int64_t offset) {
+  const int64_t numel = p.numel(), blocks = (numel + kHalf - 1) / kHalf, bytes = (numel + 1) / 2;
+  for (const auto* t : {&p, &g}) {
+    TORCH_CHECK(t->scalar_type() == at::kFloat || t->scalar_type() == at::kBFloat16,
+                "adam4bit: parameter and gradient must be float32 or bfloat16, got ", t->scalar_type());
+  }
+  TORCH_CHECK(g.numel() == numel, "adam4bit: parameter and gradient differ in size");
+  for (const auto* t : {&m4, &v4}) {
+    TORCH_CHECK(t->scalar_type() == at::kByte && t->numel() == bytes, "adam4bit: states must be uint8 (", bytes, ",)");
+  }
+  for (const auto* t : {&absmax_m, &absmax_v}) {
+    TORCH_CHECK(t->scalar_type() == at::kFloat && t->numel() == blocks, "adam4bit: absmax must be float32 (", blocks, ",)");
+  }
+  TORCH_CHECK(tables.scalar_type() == at::kFloat && tables.numel() == 2 * (kCodes + kBounds),
+              "adam4bit: tables must be float32 (", 2 * (kCodes + kBounds), ",)");
+  for (const auto* t : {&p, &g, &m4, &v4, &absmax_m, &absmax_v, &tables}) {
+    TORCH_CHECK(t->is_contiguous() && t->device() == p.device(), "adam4bit: tensors must be contiguous, on one device");
+  }
+  TORCH_CHECK(step >= 1, "adam4bit: steps count from 1, got ", step);
+  TORCH_CHECK(offset >= 0 && offset % kStateBlock == 0, "adam4bit: offset must be a multiple of ", kStateBlock, ", got ",
+              offset);
+}
+
+void adam4bit(at::Tensor p, const at::Tensor& g, at::Tensor m4, at::Tensor v4, at::Tensor absmax_m, at::Tensor absmax_v,
+              const at::Tensor& tables, double lr, double beta1, double beta2, double eps, double weight_decay,
+              bool decoupled, int64_t step, bool stochastic, int64_t seed, int64_t key, int64_t offset,
+              double grad_scale) {
+  check(p, g, m4, v4, absmax_m, absmax_v, tables, step, offset);
+  const AdamStep s = adam_step(lr, beta1, beta2, eps, weight_decay, decoupled, step, stochastic, seed, key, grad_scale);
+  Map maps[2];
+  static_assert(sizeof maps == 2 * (kCodes + kBounds) * sizeof(float), "a map is its values, then its bounds");
+  std::memcpy(maps, tables.const_data_ptr<float>(), sizeof maps);
+  with_types(p, g, [&](auto* parameter, const auto* gradient) {
+    run(s, maps[0], maps[1], p.numel(), offset, parameter, gradient, m4.mutable_data_ptr<uint8_t>(),
+        v4.mutable_data_ptr<uint8_t>(), absmax_m.mutable_data_ptr<float>(), absmax_v.mutable_data_ptr<float>());
+  });
+}
+
+void traced(at::Tensor, const at::Tensor&, at::Tensor, at::Tensor, at::Tensor, at::Tensor, const at::Tensor&, double,
+            double, double, double, double, bool, int64_t, bool, int64_t, int64_t, int64_t, double) {}
+
+}  // namespace
+}  // namespace sltrain
+
+TORCH_LIBRARY_FRAGMENT(sltrain, m) {
+  m.def(
+      "adam4bit_step_(Tensor(a!) p, Tensor g, Tensor(b!) m4, Tensor(c!) v4, Tensor(d!) absmax_m, Tensor(e!) absmax_v, "
+      "Tensor tables, float lr, float beta1, float beta2, float eps, float weight_decay, bool decoupled, int step, "
+      "bool stochastic, int seed, int key, int offset, float grad_scale) -> ()");
+}
+
+TORCH_LIBRARY_IMPL(sltrain, CPU, m) { m.impl("adam4bit_step_", &sltrain::adam4bit); }
+TORCH_LIBRARY_IMPL(sltrain, Meta, m) { m.impl("adam4bit_step_", &sltrain::traced); }
