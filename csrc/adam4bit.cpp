@@ -9,40 +9,68 @@
 namespace sltrain {
 namespace {
 
-constexpr int kHalf = kStateBlock / 2;  // values that share one absmax, and bytes that hold a whole block's codes
+constexpr int kHalf = kStateBlock / 2;  // values that share one absmax
+constexpr int kBytes = kHalf / 2;       // that hold their codes
 constexpr int kCodes = 16, kBounds = kCodes - 1;
 
 struct Map {
   float values[kCodes], bounds[kBounds];  // ascending; a bound is the mean of its neighbours
 };
 
-VECTOR_CLONES void unpack(const uint8_t* __restrict bytes, uint8_t* __restrict codes) {
-  for (int i = 0; i < kHalf; ++i) {
-    codes[2 * i] = bytes[i] & 15u;
-    codes[2 * i + 1] = bytes[i] >> 4;
-  }
-}
-
-VECTOR_CLONES void pack(const uint8_t* __restrict codes, uint8_t* __restrict bytes) {
-  for (int i = 0; i < kHalf; ++i) bytes[i] = static_cast<uint8_t>(codes[2 * i] | codes[2 * i + 1] << 4);
-}
-
-VECTOR_CLONES void dequantize(const Map& map, const uint8_t* __restrict codes, float absmax, float* __restrict out) {
+// Half a block: its bytes to its values.
+VECTOR_CLONES void dequantize(const Map& map, const uint8_t* __restrict bytes, float absmax, float* __restrict out) {
   float scaled[kCodes];
   for (int k = 0; k < kCodes; ++k) scaled[k] = map.values[k] * absmax;
-  for (int i = 0; i < kHalf; ++i) out[i] = scaled[codes[i]];
+  for (int i = 0; i < kBytes; ++i) {
+    out[2 * i] = scaled[bytes[i] & 15u];
+    out[2 * i + 1] = scaled[bytes[i] >> 4];
+  }
 }
 
-// How many bounds lie below each value in units of the absmax: the nearest code, the lower one at ties.
-VECTOR_CLONES void quantize(const Map& map, const float* __restrict x, float inverse, uint8_t* __restrict codes) {
-  int32_t words[kHalf];
-  for (int i = 0; i < kHalf; ++i) words[i] = 0;
+// And back: a code is how many bounds lie below the value in units of the absmax, so the nearest, the lower at ties.
+VECTOR_CLONES void quantize(const Map& map, const float* __restrict x, float inverse, uint8_t* __restrict bytes) {
+  int32_t codes[kHalf];
+  for (int i = 0; i < kHalf; ++i) codes[i] = 0;
   for (int k = 0; k < kBounds; ++k) {
     const float bound = map.bounds[k];
-    for (int i = 0; i < kHalf; ++i) words[i] += x[i] * inverse > bound;
+    for (int i = 0; i < kHalf; ++i) codes[i] += x[i] * inverse > bound;
   }
-  for (int i = 0; i < kHalf; ++i) codes[i] = static_cast<uint8_t>(words[i]);
+  for (int i = 0; i < kBytes; ++i) bytes[i] = static_cast<uint8_t>(codes[2 * i] | codes[2 * i + 1] << 4);
 }
+
+#ifdef AVX512
+AVX512 void dequantize_avx512(const Map& map, const uint8_t* bytes, float absmax, float* out) {
+  const __m512 scaled = _mm512_mul_ps(_mm512_loadu_ps(map.values), _mm512_set1_ps(absmax));
+  const __m512i first = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+  for (int i = 0; i < kHalf; i += 32) {
+    const __m512i pair = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes + i / 2)));
+    const __m512 even = _mm512_permutexvar_ps(pair, scaled);  // by the lowest four bits
+    const __m512 odd = _mm512_permutexvar_ps(_mm512_srli_epi32(pair, 4), scaled);
+    _mm512_storeu_ps(out + i, _mm512_permutex2var_ps(even, first, odd));
+    _mm512_storeu_ps(out + i + 16, _mm512_permutex2var_ps(even, second, odd));
+  }
+}
+
+AVX512 void quantize_avx512(const Map& map, const float* x, float inverse, uint8_t* bytes) {
+  const __m512 scale = _mm512_set1_ps(inverse);
+  const __m512i one = _mm512_set1_epi32(1);
+  __m512 bounds[kBounds];
+  for (int k = 0; k < kBounds; ++k) bounds[k] = _mm512_set1_ps(map.bounds[k]);
+  for (int i = 0; i < kHalf; i += 16) {
+    const __m512 value = _mm512_mul_ps(_mm512_loadu_ps(x + i), scale);
+    __m512i code = _mm512_setzero_si512();
+    for (int k = 0; k < kBounds; ++k) {
+      code = _mm512_mask_add_epi32(code, _mm512_cmp_ps_mask(value, bounds[k], _CMP_GT_OQ), code, one);
+    }
+    const __m512i pair = _mm512_or_si512(code, _mm512_srli_epi64(code, 28));  // the odd one above the even
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(bytes + i / 2), _mm512_cvtepi64_epi8(pair));
+  }
+}
+#else
+constexpr auto dequantize_avx512 = dequantize;
+constexpr auto quantize_avx512 = quantize;
+#endif
 
 VECTOR_CLONES float largest(const float* __restrict x) {
   uint32_t bits = 0;  // exact in any order, and NaN is above everything
@@ -53,18 +81,17 @@ VECTOR_CLONES float largest(const float* __restrict x) {
   return float_of(bits);
 }
 
-void widen_state(const Map& map, const uint8_t* bytes, int count, const float* absmax, uint8_t* codes, float* x) {
-  unpack(bytes, codes);
-  for (int half = 0; half < count; ++half) dequantize(map, codes + half * kHalf, absmax[half], x + half * kHalf);
-  std::fill(x + count * kHalf, x + kStateBlock, 0.0f);
+void widen_state(const Map& map, const uint8_t* bytes, int count, const float* absmax, float* x) {
+  const auto widen = has_avx512 ? dequantize_avx512 : dequantize;
+  for (int half = 0; half < count; ++half) widen(map, bytes + half * kBytes, absmax[half], x + half * kHalf);
 }
 
-void narrow_state(const Map& map, const float* x, int count, float* absmax, uint8_t* codes, uint8_t* bytes) {
+void narrow_state(const Map& map, const float* x, int count, float* absmax, uint8_t* bytes) {
+  const auto narrow = has_avx512 ? quantize_avx512 : quantize;
   for (int half = 0; half < count; ++half) {
     absmax[half] = largest(x + half * kHalf);
-    quantize(map, x + half * kHalf, inverse_of(absmax[half]), codes + half * kHalf);
+    narrow(map, x + half * kHalf, inverse_of(absmax[half]), bytes + half * kBytes);
   }
-  pack(codes, bytes);
 }
 
 template <typename P, typename G>
@@ -72,7 +99,6 @@ void run(const AdamStep& s, const Map& signed_map, const Map& unsigned_map, int6
          const G* g, uint8_t* m4, uint8_t* v4, float* absmax_m, float* absmax_v) {
   at::parallel_for(0, (numel + kStateBlock - 1) / kStateBlock, 64, [&](int64_t begin, int64_t end) {
     Block block;
-    uint8_t bytes[kHalf] = {};
     for (int64_t index = begin; index < end; ++index) {
       const int64_t first = index * kStateBlock, n = std::min<int64_t>(kStateBlock, numel - first);
       const int64_t packed = (n + 1) / 2, ahead = first + kAhead * kStateBlock;
@@ -80,25 +106,29 @@ void run(const AdamStep& s, const Map& signed_map, const Map& unsigned_map, int6
       if (ahead + kStateBlock <= numel) {
         prefetch(p + ahead);
         prefetch(g + ahead);
+        prefetch<kHalf>(m4 + ahead / 2);
+        prefetch<kHalf>(v4 + ahead / 2);
       }
       read(p + first, n, block.p, block.half);
       read(g + first, n, block.g, block.half);
       float* scale_m = absmax_m + 2 * index;
       float* scale_v = absmax_v + 2 * index;
-      std::copy_n(m4 + first / 2, packed, bytes);
-      widen_state(signed_map, bytes, count, scale_m, block.m8, block.m);
-      std::copy_n(v4 + first / 2, packed, bytes);
-      widen_state(unsigned_map, bytes, count, scale_v, block.v8, block.v);
+      std::copy_n(m4 + first / 2, packed, block.m8);
+      std::copy_n(v4 + first / 2, packed, block.v8);
+      widen_state(signed_map, block.m8, count, scale_m, block.m);
+      widen_state(unsigned_map, block.v8, count, scale_v, block.v);
       std::fill(block.m + n, block.m + kStateBlock, 0.0f);
       std::fill(block.v + n, block.v + kStateBlock, 0.0f);
       float unused_m, unused_v;
       update(s, block, unused_m, unused_v);
-      narrow_state(signed_map, block.m, count, scale_m, block.m8, bytes);
-      if (n % 2) bytes[packed - 1] &= 15u;
-      std::copy_n(bytes, packed, m4 + first / 2);
-      narrow_state(unsigned_map, block.v, count, scale_v, block.v8, bytes);
-      if (n % 2) bytes[packed - 1] &= 15u;
-      std::copy_n(bytes, packed, v4 + first / 2);
+      narrow_state(signed_map, block.m, count, scale_m, block.m8);
+      narrow_state(unsigned_map, block.v, count, scale_v, block.v8);
+      if (n % 2) {  // the last half byte belongs to no value
+        block.m8[packed - 1] &= 15u;
+        block.v8[packed - 1] &= 15u;
+      }
+      std::copy_n(block.m8, packed, m4 + first / 2);
+      std::copy_n(block.v8, packed, v4 + first / 2);
       if constexpr (!std::is_same_v<P, float>) round_parameters(s, offset / kStateBlock + index, block);
       write(block, n, p + first);
     }

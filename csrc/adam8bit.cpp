@@ -5,11 +5,6 @@
 
 #include <ATen/Parallel.h>
 
-#if defined(__x86_64__) && defined(__GNUC__)
-#include <immintrin.h>
-#define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq")))
-#endif
-
 namespace sltrain {
 namespace {
 
@@ -65,10 +60,7 @@ AVX512 void quantize_avx512(bool is_signed, const uint32_t* buckets, const float
   }
 }
 
-const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 #else
-constexpr bool has_avx512 = false;
 constexpr auto dequantize_avx512 = dequantize;
 constexpr auto quantize_avx512 = quantize;
 #endif

@@ -18,6 +18,11 @@
 #include <cstdint>
 #include <type_traits>
 
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+#define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq")))
+#endif
+
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define VECTOR_CLONES __attribute__((target_clones("default", "avx2", "avx512f")))
 #else
@@ -26,6 +31,13 @@
 
 namespace sltrain {
 namespace {
+
+#ifdef AVX512
+const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+#else
+constexpr bool has_avx512 = false;
+#endif
 
 constexpr int kAhead = 2;  // blocks between the one that is prefetched and the one that is worked on
 
@@ -65,10 +77,10 @@ inline void write(const Block& block, int64_t n, float* to) { std::copy_n(block.
 inline void write(const Block& block, int64_t n, c10::BFloat16* to) { std::memcpy(to, block.half, n * sizeof *to); }
 
 // A block's worth, on its way into the cache: four arrays at once are more than some CPUs follow by themselves.
-template <typename T>
+template <int kCount = kStateBlock, typename T>
 void prefetch(const T* from) {
 #ifdef __GNUC__
-  for (int i = 0; i < kStateBlock; i += 64 / sizeof(T)) __builtin_prefetch(from + i);
+  for (int i = 0; i < kCount; i += 64 / sizeof(T)) __builtin_prefetch(from + i);
 #endif
 }
 
