@@ -53,7 +53,7 @@ class BlockwiseAdam(torch.optim.Optimizer):
         if states not in FORMATS:
             raise UserError(f"BlockwiseAdam: states {states!r} are not known; choose from {', '.join(FORMATS)}")
         self.decoupled, self.seed, self.stochastic = decoupled, seed, stochastic
-        self._kind = FORMATS[states]
+        self.states, self._kind = states, FORMATS[states]
         self.segments: dict[torch.Tensor, list[Segment]] = {}
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         for group in self.param_groups:
@@ -79,7 +79,7 @@ class BlockwiseAdam(torch.optim.Optimizer):
         """Step one tensor by a gradient of its size, float32 or bfloat16, times `grad_scale`, with `group`'s rates."""
         state = self.state[p]
         if not state:
-            state.update(self._new_state(p, self._kind_of(group)))
+            state.update(self.new_state(p, group))
         state["step"] += 1
         flat, grad = p.view(-1), grad.reshape(-1)
         options = {
@@ -119,7 +119,9 @@ class BlockwiseAdam(torch.optim.Optimizer):
     def _kind_of(self, group):
         return None if group["states"] == "32bit" else self._kind
 
-    def _new_state(self, p, kind):
+    def new_state(self, p, group) -> dict:
+        """The state of a tensor of this group before its first step."""
+        kind = self._kind_of(group)
         if kind is None:
             return {"step": 0} | {key: torch.zeros_like(p, dtype=torch.float32) for key in MOMENTS}
         blocks = sum(-(-(s.stop - s.start) // kind.BLOCK) for s in self.segments_of(p))

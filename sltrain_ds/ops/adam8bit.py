@@ -164,6 +164,22 @@ def _bounds(values):
     return (values[:-1] + values[1:]) / np.float32(2)
 
 
+def dequantize(codes, absmax, signed: bool):
+    """float32 (n,) from uint8 (n,) codes of a first (``signed``) or second moment and float32 (ceil(n / 256),)."""
+    return _dequantize(codes, absmax, _map(signed, codes.device))
+
+
+def quantize(x, signed: bool, absmax):
+    """The uint8 (n,) codes of float32 (n,), whose blocks' absmax is written into ``absmax``."""
+    codes = torch.empty_like(x, dtype=torch.uint8)
+    _quantize_(codes, absmax, x, _map(signed, x.device))
+    return codes
+
+
+def _map(signed, device):
+    return tables(device)[:512].view(torch.float32).split(256)[0 if signed else 1]
+
+
 def _dequantize(codes, absmax, values):
     return values[codes.reshape(-1).long()] * absmax.repeat_interleave(BLOCK)[: codes.numel()]
 
