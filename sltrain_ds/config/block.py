@@ -210,10 +210,14 @@ class SLTrainBlock(Block):
     model: Model = Field(description="what is trained")
     method: Method = Field(description="how its linear layers are parametrised")
     precision: Precision = Field(Precision(), description="optimizer states and weights")
-    per_layer_update: Annotated[bool, WithJsonSchema({"const": False})] = Field(
-        False, description="update inside the backward pass; not in this version"
+    per_layer_update: bool = Field(
+        False, description="update each layer inside the backward pass and free its gradient (ZeRO 2 and 3)"
     )
-    clipping: Literal["global"] = Field("global", description="what gradient_clipping bounds")
+    clipping: Literal["global", "per_layer", "lagged"] = Field(
+        "global",
+        description="what gradient_clipping bounds; with per_layer_update each layer's norm (per_layer), or all by the "
+        "global norm of the step before (lagged)",
+    )
     op_mode: Literal["auto", "compose", "factored", "factored_dense", "keep"] = Field(
         "auto", description="how an SLTrain layer computes; auto: the cheapest for its shape, by a cost model"
     )

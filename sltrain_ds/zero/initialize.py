@@ -1,6 +1,7 @@
 """`initialize`: what `deepspeed.initialize` does, with the optimizer, groups and checks an SLTrain model needs."""
 
 import copy
+from contextlib import nullcontext
 
 import deepspeed
 import torch
@@ -8,8 +9,10 @@ import torch
 from sltrain_ds.config import RunConfig, from_dict
 from sltrain_ds.config.jsonfile import read_json
 from sltrain_ds.optim import build_optimizer
+from sltrain_ds.zero.engine_swap import per_layer_engine
 from sltrain_ds.zero.start import start
 from sltrain_ds.zero.support_check import check_supports_agree
+from sltrain_ds.zero.units import split_by_unit
 
 
 def initialize(
@@ -25,15 +28,19 @@ def initialize(
     """
     start()
     config = config or config_params or getattr(args, "deepspeed_config", None)
-    run = _run_config(config)
+    run, classes = _run_config(config), nullcontext()
     if run is not None:
         optimizer = optimizer or build_optimizer(model, run)
+        if run.sltrain.per_layer_update:
+            split_by_unit(model, optimizer)
+            classes = per_layer_engine(run.sltrain.clipping)
         config = _for_deepspeed(run, getattr(optimizer, "param_groups", []))
         args = None  # its deepspeed_config, the file itself, would be a second config
-    result = deepspeed.initialize(
-        args=args, model=model, optimizer=optimizer, model_parameters=model_parameters, training_data=training_data,
-        lr_scheduler=lr_scheduler, config=config, **rest,
-    )  # fmt: skip
+    with classes:
+        result = deepspeed.initialize(
+            args=args, model=model, optimizer=optimizer, model_parameters=model_parameters,
+            training_data=training_data, lr_scheduler=lr_scheduler, config=config, **rest,
+        )  # fmt: skip
     check_supports_agree(model, result[0].device)
     return result
 
