@@ -61,6 +61,14 @@ def states(engine) -> list[torch.Tensor]:
     for i, group in enumerate(inner.param_groups):
         if hasattr(zero, "segments"):
             pieces = [(inner.state[segment.master], 0, segment.master.numel()) for segment in zero.segments[i]]
+        elif hasattr(zero, "fp16_groups"):
+            flat, offset, pieces = zero.fp32_partitioned_groups_flat[i], 0, []
+            for p in zero.fp16_groups[i]:
+                size = p.partition_numel()
+                real = min(size, p.ds_numel - deepspeed.comm.get_rank() * size)
+                if real > 0:
+                    pieces.append((inner.state[flat], offset, offset + real))
+                offset += size
         else:
             (flat,) = group["params"]
             size = flat.numel()

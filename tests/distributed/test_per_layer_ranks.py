@@ -18,7 +18,7 @@ PRECISIONS = {
 
 def variants() -> dict[str, dict]:
     found = {}
-    for stage in (2,):
+    for stage in (2, 3):
         for i, (precision, settings) in enumerate(PRECISIONS.items()):
             for accumulation in (1, 4):
                 found[f"z{stage}-{precision}-a{accumulation}"] = {
