@@ -142,12 +142,14 @@ Method = Annotated[SLTrain | FullRank | LowRank, Field(discriminator="name")]
 class Precision(Block):
     """What the optimizer keeps, and in which format."""
 
-    states: Literal["32bit", "8bit"] = Field("32bit", description="format of Adam's moments")
-    weights: Literal["auto", "fp32", "fp32_master", "bf16"] = Field(
-        "auto", description="auto: fp32_master under bf16, fp32 without; bf16: plain bf16 without masters (the paper's)"
+    states: Literal["32bit", "8bit", "4bit"] = Field("32bit", description="format of Adam's moments")
+    weights: Literal["auto", "fp32", "fp32_master", "bf16", "bf16_stochastic"] = Field(
+        "auto",
+        description="auto: fp32 without bf16; under bf16 bf16_stochastic with 8- and 4-bit states, else fp32_master; "
+        "bf16: no masters, plain rounding (the paper's); bf16_stochastic: no masters, stochastic rounding",
     )
-    backend: Literal["auto", "torch", "bitsandbytes"] = Field(
-        "auto", description="auto: bitsandbytes for 8bit, else torch"
+    backend: Literal["auto", "torch", "ours", "bitsandbytes"] = Field(
+        "auto", description="whose Adam; auto: ours for 8bit and 4bit, else torch; bitsandbytes: its 8bit"
     )
 
 

@@ -28,15 +28,15 @@ class PerLayerZero2(UnitUpdate, DeepSpeedZeroOptimizer):
             for parameters, offsets in zip(self.round_robin_bit16_groups, self.round_robin_bit16_offsets, strict=True)
         ]
         self.start_units(clipping)
-        for i, segments in enumerate(self.segments):
-            self.optimizer.param_groups[i]["params"] = [segment.master for segment in segments]
+        for i, pieces in enumerate(self.pieces):
+            self.optimizer.param_groups[i]["params"] = [piece.master for piece in pieces]
         if self.overlap_comm and self.world > 1 and not get_accelerator().is_synchronized_device():
             self.side_stream = self.reduction_stream
 
     def group_of(self, i: int) -> int:
         return i
 
-    def pieces(self, i: int):
+    def cut(self, i: int):
         """(parameter, start in it, offset in the partition, length) of what this rank owns of a group."""
         size = self.partitions[i].numel()
         first = self.rank * size
@@ -73,7 +73,7 @@ class PerLayerZero2(UnitUpdate, DeepSpeedZeroOptimizer):
         super().clear_backward_seen_flag()
 
     def _lazy_init_hp_params_optimizer_state(self):
-        """After a group's step. States belong to segments, so partitions have none to link."""
+        """After a group's step. States belong to pieces, so partitions have none to link."""
 
     def step(self, closure=None):
         self.overflow = False

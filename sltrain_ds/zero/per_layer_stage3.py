@@ -37,7 +37,7 @@ class PerLayerZero3(UnitUpdate, DeepSpeedZeroOptimizer_Stage3):
     def group_of(self, i: int) -> int:
         return self.sub_group_to_group_id[i]
 
-    def pieces(self, i: int):
+    def cut(self, i: int):
         """(parameter, start in it, offset in the partition, length) of what this rank owns of a group."""
         for parameter in self.groups[i]:
             size = parameter.partition_numel()
@@ -87,7 +87,7 @@ class PerLayerZero3(UnitUpdate, DeepSpeedZeroOptimizer_Stage3):
 
     def _optimizer_step(self, sub_group_id):
         group = self.optimizer.param_groups[self.group_of(sub_group_id)]
-        group["params"] = [segment.master for segment in self.segments[sub_group_id]]
+        group["params"] = [piece.master for piece in self.pieces[sub_group_id]]
         self.optimizer.step()
         group["params"] = []
 
@@ -100,8 +100,8 @@ class PerLayerZero3(UnitUpdate, DeepSpeedZeroOptimizer_Stage3):
 
     def _set_fp32_optimizer_param_groups(self):
         """Around saving and loading the inner optimizer's states."""
-        for i, segments in enumerate(self.segments):
-            self.optimizer.param_groups[self.group_of(i)]["params"] += [segment.master for segment in segments]
+        for i, pieces in enumerate(self.pieces):
+            self.optimizer.param_groups[self.group_of(i)]["params"] += [piece.master for piece in pieces]
 
     def state_dict(self):
         return super().state_dict() | {LAST_NORM: self.clipping.last_norm}

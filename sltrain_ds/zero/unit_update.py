@@ -27,7 +27,7 @@ LAST_NORM = "sltrain_last_grad_norm"  # its key in the checkpoint
 
 
 @dataclass(frozen=True)
-class Segment:
+class Piece:
     """What this rank owns of a parameter: elements `start`.. of it, at `offset` in its group's partition."""
 
     parameter: Parameter
@@ -63,11 +63,11 @@ class UnitUpdate:
     side_stream = None  # where reductions and steps run beside the backward pass
 
     def start_units(self, clipping: str) -> None:
-        """Put the segments in the partitions' place as the optimizer's parameters, and group the groups into units."""
+        """Cut the partitions into pieces, which the optimizer steps, and group the groups into units."""
         self.world = dist.get_world_size(group=self.dp_process_group)
         self.rank = dist.get_rank(group=self.dp_process_group)
         self.clipping = UnitClipping(clipping, self.clip_grad, self.dp_process_group, self.device)
-        self.segments = [self._segments(i) for i in range(len(self.groups))]
+        self.pieces = [self._pieces(i) for i in range(len(self.groups))]
         self.reduced: dict[int, torch.Tensor] = {}  # group -> averaged gradient of this rank's partition
         self.shards: dict[int, torch.Tensor] = {}  # group -> the same, summed over micro-batches so far
         units: dict[str, Unit] = {}
@@ -78,12 +78,12 @@ class UnitUpdate:
         self.units = list(units.values())
         self._unit_of = {i: unit for unit in self.units for i in unit.groups}
 
-    def _segments(self, i: int) -> list[Segment]:
+    def _pieces(self, i: int) -> list[Piece]:
         found = []
-        for parameter, start, offset, length in self.pieces(i):
+        for parameter, start, offset, length in self.cut(i):
             master = self.partitions[i].detach()[offset : offset + length].requires_grad_()
             adopt(self.optimizer, self.optimizer.param_groups[self.group_of(i)], master, parameter, start)
-            found.append(Segment(parameter, start, offset, master))
+            found.append(Piece(parameter, start, offset, master))
         return found
 
     # -- in backward -----------------------------------------------------------------------------------------------
@@ -179,13 +179,13 @@ class UnitUpdate:
             gradients = {i: self._gradients(i) for i in unit.groups}
             scale = self.clipping.coefficient([gradient for i in unit.groups for gradient in gradients[i]])
             for i in unit.groups:
-                for segment, gradient in zip(self.segments[i], gradients.pop(i), strict=True):
-                    segment.master.grad = gradient.to(segment.master.dtype)
+                for piece, gradient in zip(self.pieces[i], gradients.pop(i), strict=True):
+                    piece.master.grad = gradient.to(piece.master.dtype)
                     if scale is not None:
-                        segment.master.grad.mul_(scale)
+                        piece.master.grad.mul_(scale)
                 self._optimizer_step(i)
-                for segment in self.segments[i]:
-                    segment.master.grad = None
+                for piece in self.pieces[i]:
+                    piece.master.grad = None
                 for parameter in self.groups[i]:
                     parameter.grad = None
                 if self.owned[i].data_ptr() != self.partitions[i].data_ptr():
@@ -193,17 +193,17 @@ class UnitUpdate:
         unit.stepped = True
 
     def _gradients(self, i: int) -> list[torch.Tensor]:
-        """The averaged gradient of each of a group's segments, zeros where none came."""
+        """The averaged gradient of each of a group's pieces, zeros where none came."""
         if self.world == 1:
-            whole = [segment.parameter.grad for segment in self.segments[i]]
+            whole = [piece.parameter.grad for piece in self.pieces[i]]
             return [
-                torch.zeros_like(segment.master, dtype=self.dtype) if gradient is None else gradient.reshape(-1)
-                for segment, gradient in zip(self.segments[i], whole, strict=True)
+                torch.zeros_like(piece.master, dtype=self.dtype) if gradient is None else gradient.reshape(-1)
+                for piece, gradient in zip(self.pieces[i], whole, strict=True)
             ]
         own = (self.shards if self.gradient_accumulation_steps > 1 else self.reduced).pop(i, None)
         if own is None:
-            return [torch.zeros_like(segment.master, dtype=self.dtype) for segment in self.segments[i]]
-        return [own[segment.offset :][: segment.master.numel()] for segment in self.segments[i]]
+            return [torch.zeros_like(piece.master, dtype=self.dtype) for piece in self.pieces[i]]
+        return [own[piece.offset :][: piece.master.numel()] for piece in self.pieces[i]]
 
     # -- streams (overlap_comm on CUDA) --------------------------------------------------------------------------------
 

@@ -2,6 +2,9 @@
 
 from torch import nn
 
+from sltrain_ds.blockwise_adam import BlockwiseAdam, Segment
+from sltrain_ds.ops.adam8bit import parameter_key
+
 
 def split_by_unit(model, optimizer) -> None:
     """Split the optimizer's parameter groups by unit, in place: "factors" becomes "layers.0/factors", and so on.
@@ -50,5 +53,7 @@ def _units(model) -> dict[nn.Parameter, str]:
 
 def adopt(optimizer, group: dict, piece, parameter, offset: int) -> None:
     """Tell the inner optimizer that `piece` (n,) stands for elements `offset`.. of `parameter`, which is in `group`."""
-    if role_of(group) == "norms" and hasattr(optimizer, "mng"):  # bitsandbytes: 32-bit states, whatever the size
+    if isinstance(optimizer, BlockwiseAdam):
+        optimizer.segments[piece] = [Segment(parameter_key(optimizer.names[parameter]), 0, piece.numel(), offset)]
+    elif role_of(group) == "norms" and hasattr(optimizer, "mng"):  # bitsandbytes: 32-bit states, whatever the size
         optimizer.mng.pid2config[id(piece)] = {"optim_bits": 32}

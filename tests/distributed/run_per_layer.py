@@ -10,7 +10,6 @@ same parameter groups. A config with the key "wrong_lr" is the negative control:
 
 import json
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 from unittest import mock
 
@@ -18,12 +17,14 @@ import deepspeed
 import torch
 
 from sltrain_ds import models
+from sltrain_ds.blockwise_adam import BlockwiseAdam
 from sltrain_ds.config import from_dict
 from sltrain_ds.data.dataset import BatchSource
 from sltrain_ds.evaluate import with_labels
 from sltrain_ds.logs import quiet
 from sltrain_ds.loop import optimizer_step
 from sltrain_ds.zero import initialize as initialize_module
+from sltrain_ds.zero.engine_swap import zero_classes
 from sltrain_ds.zero.grad_norm import GradNorm
 from sltrain_ds.zero.start import start
 
@@ -55,34 +56,41 @@ def weights(engine) -> dict[str, torch.Tensor]:
 
 
 def states(engine) -> list[torch.Tensor]:
-    """This rank's states, one tensor a group and key, without what belongs to padding."""
-    zero, inner = engine.optimizer, engine.basic_optimizer
-    found = []
+    """This rank's optimizer states, parameter by parameter, without what belongs to padding."""
+    zero, inner, found = engine.optimizer, engine.basic_optimizer, []
+    sharded = hasattr(zero, "fp16_groups")
+    if sharded:
+        zero._set_fp32_optimizer_param_groups()
     for i, group in enumerate(inner.param_groups):
-        if hasattr(zero, "segments"):
-            pieces = [(inner.state[segment.master], 0, segment.master.numel()) for segment in zero.segments[i]]
-        elif hasattr(zero, "fp16_groups"):
-            flat, offset, pieces = zero.fp32_partitioned_groups_flat[i], 0, []
-            for p in zero.fp16_groups[i]:
-                size = p.partition_numel()
-                real = min(size, p.ds_numel - deepspeed.comm.get_rank() * size)
-                if real > 0:
-                    pieces.append((inner.state[flat], offset, offset + real))
-                offset += size
-        else:
-            (flat,) = group["params"]
-            size = flat.numel()
-            first = deepspeed.comm.get_rank() * size
-            pieces = []
-            for p, begin in zip(zero.round_robin_bit16_groups[i], zero.round_robin_bit16_offsets[i], strict=True):
-                low, high = max(begin, first), min(begin + p.numel(), first + size)
-                if low < high:
-                    pieces.append((inner.state[flat], low - first, high - first))
-        for state, low, high in pieces:
-            found += [
-                v.reshape(-1)[low:high].float() for k, v in sorted(state.items()) if k in ("exp_avg", "exp_avg_sq")
-            ]
+        for p in group["params"]:
+            if isinstance(inner, BlockwiseAdam):
+                found += [tensor for _, tensors in inner.segment_states(p) for tensor in tensors]
+            else:
+                spans = [(0, p.numel())] if hasattr(zero, "pieces") else (spans3 if sharded else spans2)(zero, i)
+                found += [inner.state[p][key][a:b] for a, b in spans for key in ("exp_avg", "exp_avg_sq")]
+    if sharded:
+        zero._clear_fp32_optimizer_param_groups()
     return found
+
+
+def spans2(zero, i):
+    """Where a flat partition of stage 2 holds parameters, not padding."""
+    size = zero.single_partition_of_fp32_groups[i].numel()
+    first = deepspeed.comm.get_rank() * size
+    for p, begin in zip(zero.round_robin_bit16_groups[i], zero.round_robin_bit16_offsets[i], strict=True):
+        low, high = max(begin, first), min(begin + p.numel(), first + size)
+        if low < high:
+            yield low - first, high - first
+
+
+def spans3(zero, i):
+    offset = 0
+    for p in zero.fp16_groups[i]:
+        size = p.partition_numel()
+        real = min(size, p.ds_numel - deepspeed.comm.get_rank() * size)
+        if real > 0:
+            yield offset, offset + real
+        offset += size
 
 
 def difference(a, b) -> float:
@@ -96,7 +104,7 @@ def compare(config) -> dict:
     ours, losses, norms = train(run, wrong)
     mine = list(weights(ours).values()), states(ours)
     ours.destroy()
-    with mock.patch.object(initialize_module, "per_layer_engine", lambda clipping: nullcontext()):
+    with mock.patch.object(initialize_module, "zero_classes", lambda aligned, _: zero_classes(aligned, None)):
         stock, _, expected = train(run)
     theirs = list(weights(stock).values()), states(stock)
     assert type(stock.optimizer) is not type(ours.optimizer)
@@ -121,3 +129,5 @@ if __name__ == "__main__":
             raise
     if deepspeed.comm.get_rank() == 0:
         Path(out).write_text(json.dumps(result))
+    deepspeed.comm.barrier()
+    torch.distributed.destroy_process_group()  # else a rank may abort while Python shuts down

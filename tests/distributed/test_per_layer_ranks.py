@@ -13,6 +13,8 @@ PRECISIONS = {
     "fp32": {},
     "master": {"bf16": {"enabled": True}},
     "bf16": {"bf16": {"enabled": True}, "sltrain__precision": {"weights": "bf16"}},
+    "8bit": {"bf16": {"enabled": True}, "sltrain__precision": {"states": "8bit", "weights": "bf16_stochastic"}},
+    "fp32-8bit": {"sltrain__precision": {"states": "8bit"}},
 }
 
 
@@ -26,7 +28,7 @@ def variants() -> dict[str, dict]:
                     "zero_optimization__stage": stage,
                     "train_batch_size": 8 if accumulation == 1 else 16,
                     "accumulation": accumulation,
-                    "sltrain__model__activation_checkpointing": ("none", "reentrant", "non_reentrant")[i],
+                    "sltrain__model__activation_checkpointing": ("none", "reentrant", "non_reentrant")[i % 3],
                 }
         found[f"z{stage}-full_rank"] = {**FULL_RANK, "zero_optimization__stage": stage, "accumulation": 1}
         found[f"z{stage}-tied"] = {
