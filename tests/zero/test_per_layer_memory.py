@@ -36,6 +36,5 @@ def test_peaks_of_construction_and_of_backward(tiny_config, tmp_path, world, lim
     process = launch(world, WORKER, path, out, cwd=tmp_path)
     assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-4000:]
     for name, found in json.loads(out.read_text()).items():
-        print(world, name, found, found["gradients"] / found["unit"])
-        # assert found["init"] <= 1.3, (name, found)
-        # assert 0.3 * found["unit"] < found["gradients"] <= limit * found["unit"], (name, found)
+        assert found["init"] <= 1.3, (name, found)
+        assert 0.3 * found["unit"] < found["gradients"] <= limit * found["unit"], (name, found)
