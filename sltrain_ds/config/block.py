@@ -245,10 +245,14 @@ class SLTrainBlock(Block):
     model: Model = Field(description="what is trained")
     method: Method = Field(description="how its linear layers are parametrised")
     precision: Precision = Field(Precision(), description="optimizer states and weights")
-    per_layer_update: Annotated[bool, WithJsonSchema({"const": False})] = Field(
-        False, description="update inside the backward pass; not in this version"
+    per_layer_update: bool = Field(
+        False, description="update each layer inside the backward pass and free its gradient (ZeRO 2 and 3)"
     )
-    clipping: Literal["global"] = Field("global", description="what gradient_clipping bounds")
+    clipping: Literal["global", "per_layer", "lagged"] = Field(
+        "global",
+        description="what gradient_clipping bounds; with per_layer_update each layer's norm (per_layer), or all by the "
+        "global norm of the step before (lagged)",
+    )
     op_mode: Annotated[Any, BeforeValidator(_op_mode), WithJsonSchema(_MODE_SCHEMA)] = Field(
         "auto",
         description='how an SLTrain layer computes, for all or by shape {"OUTxIN": mode}; auto: rank 0 chooses the '
