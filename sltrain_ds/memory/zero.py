@@ -61,7 +61,7 @@ class Settings:
             stage=run.zero_stage,
             world=world,
             weight=weight,
-            master=2 if run.weights == "bf16" else 4,
+            master=2 if run.weights in ("bf16", "bf16_stochastic") else 4,
             accumulate=_BYTES[accumulate] if accumulate else weight,
             eight_bit=run.sltrain.precision.states == "8bit",
             accumulation=run.accumulation,

@@ -21,6 +21,7 @@ import torch
 from sltrain_ds.ops import builder, cuda
 
 BLOCK = 256  # values that share one absmax
+PER_BYTE = 1  # codes
 _FIRST_BUCKET, _BUCKETS, _CARRY_BITS = 104 << 7, 23 * 128 + 1, 17  # as in csrc/adam8bit.h
 _MASK32, _MASK64 = (1 << 32) - 1, (1 << 64) - 1
 
@@ -78,6 +79,9 @@ def adam8bit_step_(
         adam8bit_reference(*arguments)
 
 
+step_ = adam8bit_step_  # what blockwise_adam.py calls in each of its formats
+
+
 def adam8bit_reference(
     p, g, m8, v8, absmax_m, absmax_v, tables, lr, beta1, beta2, eps, weight_decay, decoupled, step, stochastic,
     seed, key, offset, grad_scale,
@@ -98,7 +102,7 @@ def adam8bit_reference(
     decay = 1.0 - lr * weight_decay if decoupled else 1.0
     wide = wide * decay - (m / denominator) * (lr / (1.0 - beta1**step))
     if p.dtype == torch.bfloat16 and stochastic:
-        p.view(-1).copy_(_round_stochastically(wide, seed, step, key, offset))
+        p.view(-1).copy_(round_stochastically(wide, seed, step, key, offset))
     else:
         p.view(-1).copy_(wide)
     _quantize_(m8, absmax_m, m, signed)
@@ -165,7 +169,7 @@ def _quantize_(codes, absmax, x, values):
     codes.view(-1).copy_(torch.bucketize(scaled, bounds).view(-1)[: codes.numel()])
 
 
-def _round_stochastically(x, seed, step, key, offset):
+def round_stochastically(x, seed, step, key, offset):
     """x float32 (n,) -> bfloat16 (n,), up with the probability of its distance from the value below."""
     bits = (x.view(torch.int32).long() & _MASK32) + rounding_noise(x.numel(), seed, step, key, offset, x.device)
     kept = bits >> 16 << 16 & _MASK32
