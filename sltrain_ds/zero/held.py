@@ -34,9 +34,10 @@ def _tensors(engine):
     masters = ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat", "fp32_groups_flat")
     yield "masters", [getattr(zero, name, None) for name in masters]
     yield "states", [_moments(state) for state in engine.basic_optimizer.state.values()]
-    # gradients may be views of the bucket
+    # gradients may be views of a bucket
     yield "buckets", [bucket.buffer for bucket in getattr(zero, "ipg_buckets", {}).values()]
-    held = ("averaged_gradients", "grad_partitions_flat_buffer", "single_partition_of_grads", "accumulated_gradients")
+    yield "buckets", [unit.bucket for unit in getattr(zero, "units", ())]
+    held = ("averaged_gradients", "grad_partitions_flat_buffer", "reduced", "shards")
     yield "gradients", [p.grad for p in parameters]
     yield "gradients", [getattr(zero, name, None) for name in held]
 
