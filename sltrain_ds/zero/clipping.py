@@ -3,7 +3,7 @@
 import torch
 from deepspeed import comm as dist
 
-CHUNK = 1 << 24  # elements cast to fp32 at a time
+CHUNK = 1 << 20  # elements cast to fp32 at a time on a CPU; on a GPU the norm casts as it reads
 
 
 class UnitClipping:
@@ -51,6 +51,7 @@ class UnitClipping:
 
 def sum_of_squares(tensors: list[torch.Tensor], device) -> torch.Tensor:
     """Sum of all their squares, in fp32 and without a copy in fp32 of any whole tensor; () on `device`."""
-    parts = [part for tensor in tensors for part in tensor.reshape(-1).split(CHUNK)]
-    norms = [torch.linalg.vector_norm(part, dtype=torch.float32) for part in parts]
+    if torch.device(device).type == "cpu":
+        tensors = [part for tensor in tensors for part in tensor.reshape(-1).split(CHUNK)]
+    norms = [torch.linalg.vector_norm(tensor, dtype=torch.float32) for tensor in tensors]
     return torch.stack(norms).square().sum() if norms else torch.zeros((), device=device)

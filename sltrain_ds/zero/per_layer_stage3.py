@@ -5,9 +5,11 @@ here. Its masters alias bf16 partitions only under autocast, since it compares a
 wherever the dtypes agree. Follows runtime/zero/stage3.py of DeepSpeed 0.19.8.
 """
 
+from unittest import mock
+
 import torch
-from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero import stage3
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor
 
@@ -64,7 +66,18 @@ class PerLayerZero3(UnitUpdate, DeepSpeedZeroOptimizer_Stage3):
         self._create_fp32_partitions()
         self._create_next_swappable_fp32_groups()
         self.grad_partitions_flat_buffer = None
-        dist.barrier()
+
+    def _create_fp16_partitions_with_defragmentation(self, fp16_param_groups):
+        with mock.patch.object(stage3, "defragment", lambda partitions: None):  # done group by group, below
+            super()._create_fp16_partitions_with_defragmentation(fp16_param_groups)
+
+    def _set_fp16_partitioned_groups_flat(self):
+        """Stock moves all partitions into one buffer, which is allocated before the first of them is free."""
+        for group in self.fp16_groups:
+            flat = self.flatten([parameter.ds_tensor for parameter in group])
+            for parameter, part in zip(group, self.unflatten(flat, [p.ds_tensor for p in group]), strict=True):
+                parameter.ds_tensor.data = part
+            self.fp16_partitioned_groups_flat.append(flat)
 
     def _create_fp32_partitions(self):
         device, self.device = self.device, torch.device(self.device)  # so that the branch with the aliases is found

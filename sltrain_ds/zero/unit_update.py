@@ -164,9 +164,10 @@ class UnitUpdate:
         """This rank's slice, `size` long unless it reaches the end, of a gradient that is averaged in place."""
         gradient.div_(self.world)
         own = gradient[self.rank * size : (self.rank + 1) * size]
-        if gradient.numel() == size * self.world:
+        padded = gradient.numel() == size * self.world  # a lone parameter comes without the padding of its partitions
+        if padded and gradient.device.type != "cpu":
             dist.reduce_scatter_fn(own, gradient, group=self.dp_process_group)
-        else:  # a lone parameter, without the padding of its partitions
+        else:  # gloo makes a reduce-scatter of copies and all-reduces
             dist.all_reduce(gradient, group=self.dp_process_group)
         return own
 
