@@ -30,9 +30,9 @@ def configs(tiny_config):
             **base, **settings, sltrain__precision__states=states, zero_optimization__stage=stage
         )
         for stage in (1, 2, 3)
-        for states in ("8bit",)
+        for states in ("8bit", "4bit")
         for name, settings in FORMATS.items()
-        if stage > 1 or name == "stochastic"
+        if name == "stochastic" or (stage > 1 and (states == "8bit" or name == "fp32"))
     }
 
 
