@@ -206,7 +206,7 @@ class Checkpoint(Block):
     keep: int = Field(3, ge=1, le=STEP_LIMIT, description="the newest so many stay")
 
 
-MODES = ("auto", "compose", "factored", "factored_dense", "keep")
+MODES = ("auto", "compose", "factored", "factored_dense", "keep", "keep_step")
 
 
 def _op_mode(value):
@@ -255,8 +255,8 @@ class SLTrainBlock(Block):
     op_memory: float | None = Field(
         None,
         ge=0,
-        description="GB on each rank that auto may spend on holding weights (keep); null: half of what `sltrain-ds "
-        "estimate` leaves free",
+        description="GB on each rank that auto may spend on holding weights (keep, keep_step); null: half of what "
+        "`sltrain-ds estimate` leaves free",
     )
     op_constants: str | None = Field(
         None,

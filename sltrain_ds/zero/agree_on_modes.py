@@ -44,8 +44,9 @@ def _choose(sizes, layers, run, device) -> dict[str, str]:
     dtype = torch.bfloat16 if run.bf16 else torch.float32
     constants = modes.load(run.sltrain.op_constants)
     found = modes.plan(
-        sizes, _alive(layers, run), tokens, dtype, torch.device(device).type, constants, _budget(run, device)
-    )
+        sizes, _alive(layers, run), Counter(map(modes.shape_of, layers)), tokens, dtype, torch.device(device).type,
+        run.accumulation, constants, _budget(run, device),
+    )  # fmt: skip
     print(f"sltrain_ds computes layers as {', '.join(f'{shape}: {mode}' for shape, mode in found.items())}", flush=True)
     return found
 
@@ -72,8 +73,8 @@ def _alive(layers, run) -> Counter:
 
 
 def _broadcast(shapes: list[str], own: dict[str, str], device) -> dict[str, str]:
-    numbers = [modes.MODES.index(own[shape]) if own else 0 for shape in shapes]
+    numbers = [modes.CHOICES.index(own[shape]) if own else 0 for shape in shapes]
     tensor = torch.tensor(numbers, dtype=torch.int64, device=device)
     if dist.get_world_size() > 1:
         dist.broadcast(tensor, 0)
-    return {shape: modes.MODES[number] for shape, number in zip(shapes, tensor.tolist(), strict=True)}
+    return {shape: modes.CHOICES[number] for shape, number in zip(shapes, tensor.tolist(), strict=True)}
