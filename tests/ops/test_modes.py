@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 
+from sltrain_ds.config import op_mode
 from sltrain_ds.errors import UserError
 from sltrain_ds.methods import SLTrainLinear
 from sltrain_ds.ops import modes
@@ -108,6 +109,10 @@ def test_a_file_takes_the_place_of_what_it_names(tmp_path):
     (tmp_path / "c.json").write_text(json.dumps({"constants": own}))
     found = modes.load(tmp_path / "c.json")
     assert found == modes.load() | own != modes.load()
+
+
+def test_the_config_knows_the_same_modes():
+    assert set(op_mode.MODES) == set(modes.CHOICES)
 
 
 def test_modes_by_shape():
