@@ -107,7 +107,8 @@ def read_state(path: Path) -> dict:
 
 
 # what of a block may change from one start to the next; "dir", since data may move
-FREE = {"model": ("activation_checkpointing",), "method": ("lr_scale",), "precision": (), "data": ("dir",), "seed": ()}
+FREE = {"model": ("activation_checkpointing",), "method": ("lr_scale",), "precision": (), "data": ("dir",), "seed": (),
+        "per_layer_update": ()}  # fmt: skip
 
 
 def _check_it_fits(state: dict, run, path: Path) -> None:

@@ -1,7 +1,8 @@
-"""Optimizer of a run: parameter groups by role, torch's fused Adam or 8-bit states."""
+"""Optimizer of a run: parameter groups by role, torch's fused Adam or 8- and 4-bit states."""
 
 import torch
 
+from sltrain_ds.blockwise_adam import BlockwiseAdam
 from sltrain_ds.errors import UserError
 from sltrain_ds.methods.base import MethodLinear
 
@@ -48,8 +49,9 @@ def parameter_groups(model, lr: float, weight_decay: float, lr_scale) -> list[di
 def build_optimizer(model, run) -> torch.optim.Optimizer:
     """Adam or AdamW for `run` (a `RunConfig`), over `parameter_groups`.
 
-    `precision.states`: "32bit" is torch's fused implementation, "8bit" bitsandbytes' blockwise one (blocks of 256,
-    fp32 absmax; tensors under 4,096 values and the `norms` group keep 32-bit states).
+    `precision.backend`: "torch" is its fused implementation with 32-bit states, "ours" `BlockwiseAdam` with 8- or 4-bit
+    ones, "bitsandbytes" its blockwise 8-bit one (tensors under 4,096 values keep 32-bit states). The last two keep
+    32-bit states for the `norms` group.
     """
     block = run.deepspeed["optimizer"]
     params = block.get("params", {})
@@ -57,8 +59,15 @@ def build_optimizer(model, run) -> torch.optim.Optimizer:
     lr = params["lr"]
     groups = parameter_groups(model, lr, params.get("weight_decay", 0.0), run.sltrain.method.lr_scale)
     common = {"lr": lr, "betas": tuple(params.get("betas", (0.9, 0.999))), "eps": params.get("eps", 1e-8)}
-    if run.sltrain.precision.states == "8bit":
+    precision = run.sltrain.precision
+    if precision.backend == "bitsandbytes":
         return _bitsandbytes(groups, common, decoupled)
+    if precision.backend == "ours":
+        return BlockwiseAdam(
+            groups, **common, decoupled=decoupled, states=precision.states, seed=run.sltrain.seed,
+            stochastic=precision.weights == "bf16_stochastic",
+            names={parameter: name for name, parameter in model.named_parameters()},
+        )  # fmt: skip
     kind = torch.optim.AdamW if decoupled else torch.optim.Adam
     return kind(groups, fused=True, **common)
 
@@ -68,7 +77,7 @@ def _bitsandbytes(groups, common, decoupled):
         import bitsandbytes as bnb
     except ImportError as error:
         raise UserError(
-            f'sltrain.precision.states: "8bit" needs bitsandbytes ({error}); install it or set "32bit"'
+            f'sltrain.precision.backend: "bitsandbytes" cannot be imported ({error}); install it or set "ours"'
         ) from None
     kind = bnb.optim.AdamW8bit if decoupled else bnb.optim.Adam8bit
     optimizer = kind(groups, **common)

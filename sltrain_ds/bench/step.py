@@ -21,14 +21,15 @@ from sltrain_ds.config import from_dict
 from sltrain_ds.config.jsonfile import read_json
 from sltrain_ds.config.overrides import apply
 from sltrain_ds.data.dataset import BatchSource
+from sltrain_ds.data.random_tokens import RandomTokens
 from sltrain_ds.errors import UserError
 from sltrain_ds.evaluate import with_labels
 from sltrain_ds.loss import use_chunked_loss
 from sltrain_ds.memory.estimate import estimate
 from sltrain_ds.memory.free import free_bytes
-from sltrain_ds.memory.measure import bytes_by_category
 from sltrain_ds.ops import modes, workspace
 from sltrain_ds.zero.grad_norm import GradNorm
+from sltrain_ds.zero.held import held_bytes
 from sltrain_ds.zero.initialize import initialize, partitioner
 
 METHODS = ("full_rank", "sltrain", "naive")
@@ -107,7 +108,7 @@ class Engine:
             self.step()
             meter.mark()
             self.step()
-        held = bytes_by_category(self.engine)
+        held = held_bytes(self.engine)
         self.facts = {
             "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters()),
             "modes": {} if naive else dict(Counter(modes.chosen(model).values())),  # mode -> layers
@@ -130,18 +131,6 @@ class Engine:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-
-
-class RandomTokens:
-    """Stands in for prepared data."""
-
-    def __init__(self, run):
-        self.shape = (run.micro_batch_size, run.sequence_length)
-        self.vocab_size = run.model_fields["vocab_size"]
-
-    def micro_batch(self, step, micro, rank, world):
-        generator = torch.Generator().manual_seed(1000 * step + micro)
-        return {"input_ids": torch.randint(0, self.vocab_size, self.shape, generator=generator)}
 
 
 def table_rows(case: dict) -> list[list]:

@@ -144,12 +144,14 @@ Method = Annotated[SLTrain | FullRank | LowRank, Field(discriminator="name")]
 class Precision(Block):
     """What the optimizer keeps, and in which format."""
 
-    states: Literal["32bit", "8bit"] = Field("32bit", description="format of Adam's moments")
-    weights: Literal["auto", "fp32", "fp32_master", "bf16"] = Field(
-        "auto", description="auto: fp32_master under bf16, fp32 without; bf16: plain bf16 without masters (the paper's)"
+    states: Literal["32bit", "8bit", "4bit"] = Field("32bit", description="format of Adam's moments")
+    weights: Literal["auto", "fp32", "fp32_master", "bf16", "bf16_stochastic"] = Field(
+        "auto",
+        description="auto: fp32 without bf16; under bf16 bf16_stochastic with 8- and 4-bit states, else fp32_master; "
+        "bf16: no masters, plain rounding (the paper's); bf16_stochastic: no masters, stochastic rounding",
     )
-    backend: Literal["auto", "torch", "bitsandbytes"] = Field(
-        "auto", description="auto: bitsandbytes for 8bit, else torch"
+    backend: Literal["auto", "torch", "ours", "bitsandbytes"] = Field(
+        "auto", description="whose Adam; auto: ours for 8bit and 4bit, else torch; bitsandbytes: its 8bit"
     )
 
 
@@ -212,10 +214,14 @@ class SLTrainBlock(Block):
     model: Model = Field(description="what is trained")
     method: Method = Field(description="how its linear layers are parametrised")
     precision: Precision = Field(Precision(), description="optimizer states and weights")
-    per_layer_update: Annotated[bool, WithJsonSchema({"const": False})] = Field(
-        False, description="update inside the backward pass; not in this version"
+    per_layer_update: bool = Field(
+        False, description="update each layer inside the backward pass and free its gradient (ZeRO 2 and 3)"
     )
-    clipping: Literal["global"] = Field("global", description="what gradient_clipping bounds")
+    clipping: Literal["global", "per_layer", "lagged"] = Field(
+        "global",
+        description="what gradient_clipping bounds; with per_layer_update each layer's norm (per_layer), or all by the "
+        "global norm of the step before (lagged)",
+    )
     op_mode: Annotated[Any, BeforeValidator(check_op_mode), WithJsonSchema(OP_MODE_SCHEMA)] = Field(
         "auto",
         description='how an SLTrain layer computes, for all or by shape {"OUTxIN": mode}; auto: rank 0 chooses the '
@@ -225,7 +231,7 @@ class SLTrainBlock(Block):
         None,
         ge=0,
         description="GB on each rank that auto may spend on holding weights (keep, keep_step); null: half of what "
-        "`sltrain-ds estimate` leaves free",
+        "`sltrain-ds estimate` leaves free, 0 with per_layer_update",
     )
     op_constants: str | None = Field(
         None,

@@ -101,8 +101,9 @@ def _resolve_block(block, data, stem, resolved):
         return value
 
     run_dir = fill("run_dir", run_dir, f"runs/{stem}")
-    weights = fill("precision.weights", precision.weights, "fp32_master" if bf16 else "fp32")
-    backend = fill("precision.backend", precision.backend, "bitsandbytes" if precision.states == "8bit" else "torch")
+    backend = fill("precision.backend", precision.backend, "torch" if precision.states == "32bit" else "ours")
+    weights = "fp32" if not bf16 else "bf16_stochastic" if backend == "ours" else "fp32_master"
+    weights = fill("precision.weights", precision.weights, weights)
     directory = fill("checkpoint.dir", checkpoint.dir, f"{run_dir}/checkpoints")
     changed = {
         "precision": precision.model_copy(update={"weights": weights, "backend": backend}),

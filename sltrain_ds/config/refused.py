@@ -10,14 +10,7 @@ from .jsonfile import shown
 _LATER = "is not in this version"
 
 # values of the block that a later version will take: (path, value) -> what to do
-_BLOCK_VALUES = {
-    ("per_layer_update", True): f"{_LATER}; set false",
-    ("clipping", "per_layer"): f'{_LATER} (it belongs to per_layer_update); set "global"',
-    ("clipping", "lagged"): f'{_LATER} (it belongs to per_layer_update); set "global"',
-    ("precision.states", "4bit"): f'{_LATER}; set "8bit" or "32bit"',
-    ("precision.weights", "bf16_stochastic"): f'{_LATER}; set "bf16" (plain rounding) or "fp32_master"',
-    ("precision.backend", "ours"): f'{_LATER}; set "auto" or "bitsandbytes"',
-}
+_BLOCK_VALUES = {}
 
 # DeepSpeed blocks that do what sltrain_ds does itself, or that replace its engine
 _BLOCKS = {
@@ -59,6 +52,9 @@ _KEPT_DEFAULTS = {
     "data_types.param_dtype": ((None,), "is what bf16.enabled decides; remove it"),
     "data_types.buffer_dtype": ((None,), "would cast the rotary frequencies, which stay fp32; remove it"),
 }
+
+# of zero_optimization, what the per-layer update leaves no choice of
+_PER_LAYER_ZERO = {"reduce_scatter": True, "contiguous_gradients": True, "elastic_checkpoint": False}
 
 
 def refuse_block_values(block):
@@ -136,6 +132,7 @@ def _combinations(data, block):
             "step on zero gradients at the start); set stage 1, 2 or 3, or bf16.enabled false"
         )
     yield from _masters(bf16, precision)
+    yield from _per_layer(data, zero, stage, block)
     for key in zero:
         if f"stage3_{key}" in zero:
             yield f"zero_optimization.{key}: is stage3_{key} by another name; keep one of them"
@@ -149,11 +146,22 @@ def _combinations(data, block):
     yield from _offload(zero)
     if zero.get("zenflow"):
         yield "zero_optimization.zenflow: needs DeepSpeed's own offloaded optimizer; remove it"
-    if zero.get("elastic_checkpoint") and precision.states == "8bit":
+    if zero.get("elastic_checkpoint") and precision.states != "32bit":
         yield (
-            'zero_optimization.elastic_checkpoint: true does not work with sltrain.precision.states "8bit" (DeepSpeed '
-            "asserts); set elastic_checkpoint false, or states 32bit"
+            f"zero_optimization.elastic_checkpoint: true does not work with sltrain.precision.states "
+            f'"{precision.states}" (it cuts states by the parameters\' sizes); set it to false, or states "32bit"'
         )
+    if stage == 3 and precision.backend == "ours":
+        for key, value in {
+            "reduce_scatter": False,
+            "stage3_allgather_sequential": True,
+            "allgather_sequential": True,
+        }.items():
+            if zero.get(key) is value:
+                yield (
+                    f"zero_optimization.{key}: {shown(value)} computes the size of partitions by itself, and those of "
+                    f'precision.states "{precision.states}" are padded; remove the key'
+                )
     if zero.get("elastic_checkpoint") and stage == 3:
         yield "zero_optimization.elastic_checkpoint: true is gone for zero_optimization.stage 3; set it to false"
     if zero.get("compute_grad_norm") is False:
@@ -166,20 +174,65 @@ def _combinations(data, block):
 
 
 def _masters(bf16, precision):
-    if precision.weights == "fp32" and bf16.get("enabled"):
+    weights, states, backend = precision.weights, precision.states, precision.backend
+    without_masters = weights in ("bf16", "bf16_stochastic")
+    if weights == "fp32" and bf16.get("enabled"):
         yield 'sltrain.precision.weights: "fp32" contradicts bf16.enabled true; set "auto", or bf16.enabled false'
-    if precision.weights in ("fp32_master", "bf16") and not bf16.get("enabled"):
-        yield f'sltrain.precision.weights: "{precision.weights}" needs bf16.enabled true; set "auto", or enable bf16'
+    if weights in ("fp32_master", "bf16", "bf16_stochastic") and not bf16.get("enabled"):
+        yield f'sltrain.precision.weights: "{weights}" needs bf16.enabled true; set "auto", or enable bf16'
     for key in ("bf16_master_weights_and_grads", "bf16_optimizer_states"):
-        if key in bf16 and bf16[key] != (precision.weights == "bf16"):
+        if key in bf16 and bf16[key] != without_masters:
             yield (
-                f"bf16.{key}: {shown(bf16[key])} contradicts sltrain.precision.weights "
-                f'"{precision.weights}", which sets it; remove the key'
+                f'bf16.{key}: {shown(bf16[key])} contradicts sltrain.precision.weights "{weights}", which sets it; '
+                "remove the key"
             )
-    if precision.backend == "bitsandbytes" and precision.states == "32bit":
-        yield 'sltrain.precision.backend: "bitsandbytes" is for states "8bit"; set backend "auto", or states "8bit"'
-    if precision.backend == "torch" and precision.states == "8bit":
-        yield 'sltrain.precision.backend: "torch" has no states "8bit"; set backend "auto", or states "32bit"'
+    if backend == "bitsandbytes" and states != "8bit":
+        yield (
+            f'sltrain.precision.backend: "bitsandbytes" has no states "{states}"; set backend "auto", or states "8bit"'
+        )
+    if backend == "torch" and states != "32bit":
+        yield f'sltrain.precision.backend: "torch" has no states "{states}"; set backend "auto", or states "32bit"'
+    if backend == "ours" and states == "32bit":
+        yield 'sltrain.precision.backend: "ours" is for states "8bit" and "4bit"; set backend "auto", or states "8bit"'
+    if weights == "bf16_stochastic" and backend != "ours" and states in ("32bit", "8bit"):
+        yield (
+            f'sltrain.precision.weights: "bf16_stochastic" is rounded by our own Adam, not by "{backend}"; set states '
+            '"8bit" or "4bit" with backend "auto", or weights "bf16"'
+        )
+
+
+def _per_layer(data, zero, stage, block):
+    if not block.per_layer_update:
+        if block.clipping != "global":
+            yield (
+                f'sltrain.clipping: "{block.clipping}" is how sltrain.per_layer_update clips; set it to "global", or '
+                "per_layer_update true"
+            )
+        return
+    if stage not in (2, 3):
+        yield (
+            f"sltrain.per_layer_update: true needs zero_optimization.stage 2 or 3, which partition gradients; set it "
+            f"to 2 (got {stage}), also on one GPU"
+        )
+    if block.clipping == "global" and data.get("gradient_clipping"):
+        yield (
+            f'sltrain.clipping: "global" cannot bound gradient_clipping {data["gradient_clipping"]:g} with '
+            "sltrain.per_layer_update true, since the whole gradient never exists at once; set clipping "
+            '"lagged" or "per_layer", or gradient_clipping 0.0'
+        )
+    if "keep_step" in ([block.op_mode] if isinstance(block.op_mode, str) else block.op_mode.values()):
+        yield (
+            'sltrain.op_mode: "keep_step" holds the gradient of every W, which sltrain.per_layer_update true is to '
+            'avoid; set "keep", "factored" or "auto"'
+        )
+    if data.get("prescale_gradients") or data.get("gradient_predivide_factor", 1.0) != 1.0:
+        key = "prescale_gradients" if data.get("prescale_gradients") else "gradient_predivide_factor"
+        yield f"{key}: is not supported with sltrain.per_layer_update true; remove it"
+    for key, value in _PER_LAYER_ZERO.items():
+        if key in zero and zero[key] != value:
+            yield (
+                f"zero_optimization.{key}: {shown(zero[key])} does not go with sltrain.per_layer_update true; remove it"
+            )
 
 
 def _offload(zero):

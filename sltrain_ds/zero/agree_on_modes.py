@@ -47,17 +47,20 @@ def _choose(sizes, layers, run, device) -> dict[str, str]:
     constants = modes.load(run.sltrain.op_constants)
     return modes.plan(
         sizes, _alive(layers, run), Counter(map(modes.shape_of, layers)), tokens, dtype, torch.device(device).type,
-        run.accumulation, constants, _budget(run, device),
+        1 if run.sltrain.per_layer_update else run.accumulation, constants, _budget(run, device),
     )  # fmt: skip
 
 
 def _budget(run, device) -> float:
     """Bytes that "keep" may hold on a rank: as the config says, else half of what the estimate leaves free.
 
-    The model has its weights already, which the estimate counts once more: rather too little than too much.
+    Nothing with per_layer_update, where memory is the point. The model has its weights already, which the estimate
+    counts once more: rather too little than too much.
     """
     if run.sltrain.op_memory is not None:
         return run.sltrain.op_memory * 1e9
+    if run.sltrain.per_layer_update:
+        return 0.0
     try:
         needed = estimate(run).peak
     except UserError:  # of a kind that cannot be counted

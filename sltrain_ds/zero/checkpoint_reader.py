@@ -161,7 +161,7 @@ class _Whole:
 
 
 class _Partitioned:
-    """Stage 3: every rank holds an equal slice of every flattened parameter, the last one padded at its end.
+    """Stage 3: every rank holds an equal slice of every flattened parameter, what lies behind the end is padding.
 
     Trained parameters lie in the optimizer file as masters, sub-group by sub-group, one after another in the order of
     `param_shapes`; frozen ones as fragments in the model file; there the module holds buffers, and of each
@@ -176,11 +176,19 @@ class _Partitioned:
     def _model_file(self, rank: int = 0) -> dict:
         return self._files[self._folder / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt"]
 
-    def _masters(self, rank: int, group: int) -> torch.Tensor:
+    def _optimizer_file(self, rank: int) -> dict:
         path = self._folder / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
         if not path.exists():
             path = path.with_name("bf16_" + path.name)
-        return self._files[path]["optimizer_state_dict"]["fp32_flat_groups"][group]
+        return self._files[path]["optimizer_state_dict"]
+
+    def _masters(self, rank: int, group: int) -> torch.Tensor:
+        return self._optimizer_file(rank)["fp32_flat_groups"][group]
+
+    @cached_property
+    def _alignment(self) -> int:
+        """Of slices in values: what `zero/aligned.py` writes, 1 for DeepSpeed's own."""
+        return self._optimizer_file(0).get("partition_alignment", 1) if self._world > 1 else 1
 
     @cached_property
     def _shared(self) -> dict[str, str]:
@@ -206,7 +214,7 @@ class _Partitioned:
         return dict(self._model_file()["frozen_param_shapes"] or {})
 
     def _slice(self, shape: torch.Size) -> int:
-        return math.ceil(math.prod(shape) / self._world)
+        return math.ceil(math.prod(shape) / (self._world * self._alignment)) * self._alignment
 
     @cached_property
     def all_names(self) -> list[str]:

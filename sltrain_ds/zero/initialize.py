@@ -6,12 +6,16 @@ import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 
+from sltrain_ds.blockwise_adam import BlockwiseAdam
 from sltrain_ds.config import RunConfig, from_dict
 from sltrain_ds.config.jsonfile import read_json
 from sltrain_ds.optim import build_optimizer
 from sltrain_ds.zero.agree_on_modes import agree_on_modes
+from sltrain_ds.zero.aligned import AlignedInit, partition_aligned
+from sltrain_ds.zero.engine_swap import zero_classes
 from sltrain_ds.zero.start import start
 from sltrain_ds.zero.support_check import check_supports_agree
+from sltrain_ds.zero.units import split_by_unit
 
 
 def initialize(
@@ -31,12 +35,19 @@ def initialize(
     if run is not None:
         agree_on_modes(model, run, get_accelerator().current_device_name())
         optimizer = optimizer or build_optimizer(model, run)
+        if run.sltrain.per_layer_update:
+            split_by_unit(model, optimizer)
         config = _for_deepspeed(run, getattr(optimizer, "param_groups", []))
         args = None  # its deepspeed_config, the file itself, would be a second config
-    result = deepspeed.initialize(
-        args=args, model=model, optimizer=optimizer, model_parameters=model_parameters, training_data=training_data,
-        lr_scheduler=lr_scheduler, config=config, **rest,
-    )  # fmt: skip
+    aligned = isinstance(optimizer, BlockwiseAdam)
+    if aligned and run is not None and run.zero_stage == 3:
+        partition_aligned(model, config, _dtype(run))
+    clipping = run.sltrain.clipping if run is not None and run.sltrain.per_layer_update else None
+    with zero_classes(aligned, clipping):
+        result = deepspeed.initialize(
+            args=args, model=model, optimizer=optimizer, model_parameters=model_parameters,
+            training_data=training_data, lr_scheduler=lr_scheduler, config=config, **rest,
+        )  # fmt: skip
     check_supports_agree(model, result[0].device)
     return result
 
@@ -47,13 +58,17 @@ def partitioner(run):
         return None
     ds_config = copy.deepcopy(run.deepspeed)
     ds_config.pop("optimizer", None)
-    dtype = torch.bfloat16 if run.bf16 else torch.float32
+    kind = AlignedInit if run.sltrain.precision.backend == "ours" else deepspeed.zero.Init
 
     def partition(module):
         if any(True for _ in module.parameters(recurse=False)):
-            deepspeed.zero.Init(module=module, config_dict_or_path=ds_config, dtype=dtype)
+            kind(module=module, config_dict_or_path=ds_config, dtype=_dtype(run))
 
     return partition
+
+
+def _dtype(run):
+    return torch.bfloat16 if run.bf16 else torch.float32
 
 
 def _run_config(config) -> RunConfig | None:
@@ -70,7 +85,7 @@ def _for_deepspeed(run, groups) -> dict:
     config.pop("optimizer", None)
     _scale_scheduler(config.get("scheduler", {}).get("params", {}), [group.get("lr_scale", 1.0) for group in groups])
     owned = {"zero_allow_untested_optimizer": True}
-    if run.weights == "bf16":
+    if run.weights in ("bf16", "bf16_stochastic"):
         config["bf16"] |= {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
         owned |= {key: True for key in ("bf16.bf16_master_weights_and_grads", "bf16.bf16_optimizer_states")}
     config["zero_allow_untested_optimizer"] = True

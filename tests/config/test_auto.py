@@ -44,7 +44,7 @@ def test_every_auto(good):
     assert zero["stage3_prefetch_bucket_size"] == int(0.9 * 512**2)
     assert zero["stage3_param_persistence_threshold"] == 5120
     assert str(run.run_dir) == "runs/my_run" and str(run.checkpoint_dir) == "runs/my_run/checkpoints"
-    assert run.sltrain.precision.backend == "bitsandbytes"
+    assert run.sltrain.precision.backend == "ours"
     assert run.resolved["optimizer.params.lr"] == 3e-3 and run.resolved["sltrain.run_dir"] == "runs/my_run"
     written = run.to_json()
     assert written["sltrain"]["checkpoint"].pop("dir") == "auto"  # it goes with run_dir
@@ -75,6 +75,27 @@ def test_weights(good, bf16, weights, means):
     good["sltrain"]["precision"] = {"weights": weights}
     run = from_dict(good)
     assert run.weights == means and run.sltrain.precision.backend == "torch"
+
+
+@pytest.mark.parametrize(
+    "precision, weights, backend",
+    [
+        ({"states": "8bit"}, "bf16_stochastic", "ours"),
+        ({"states": "4bit"}, "bf16_stochastic", "ours"),
+        ({"states": "8bit", "weights": "fp32_master"}, "fp32_master", "ours"),
+        ({"states": "8bit", "weights": "bf16"}, "bf16", "ours"),
+        ({"states": "8bit", "backend": "bitsandbytes"}, "fp32_master", "bitsandbytes"),
+    ],
+)
+def test_weights_under_narrow_states(good, precision, weights, backend):
+    good["sltrain"]["precision"] = precision
+    run = from_dict(good)
+    assert (run.weights, run.sltrain.precision.backend) == (weights, backend)
+
+
+def test_narrow_states_without_bf16(good):
+    good["bf16"] = {"enabled": False}
+    assert from_dict(good).weights == "fp32"
 
 
 def test_whole_numbers_in_scientific_form(good):

@@ -145,19 +145,29 @@ BAD = {
     ),
     "global batch that cannot be derived": ("train_batch_size", ..., ["train_batch_size", "cannot be derived"]),
     # what this version does not do
-    "per-layer update": (
-        "sltrain.per_layer_update",
-        True,
-        ["sltrain.per_layer_update: true is not in this", "set false"],
+    "stochastic rounding of others": (
+        "sltrain.precision",
+        {"weights": "bf16_stochastic"},
+        ["bf16_stochastic", 'not by "torch"', "states"],
     ),
-    "stochastic rounding": ("sltrain.precision.weights", "bf16_stochastic", ["bf16_stochastic", '"fp32_master"']),
-    "lagged clipping": ("sltrain.clipping", "lagged", ["sltrain.clipping", 'set "global"']),
+    "lagged clipping": ("sltrain.clipping", "lagged", ["sltrain.clipping", 'set it to "global"']),
     "unknown mode of a shape": ("sltrain.op_mode", {"512x512": "dense"}, ["sltrain.op_mode", '"factored"']),
     "mode of no shape": ("sltrain.op_mode", {"mlp": "keep"}, ["sltrain.op_mode", '"mlp"', "OUTxIN"]),
     "mode of a shape that is not there": ("sltrain.op_mode", {"7x8": "keep"}, ["sltrain.op_mode", "7x8", "512x512"]),
     "memory below zero": ("sltrain.op_memory", -1, ["sltrain.op_memory", "at least 0"]),
     "unknown mode": ("sltrain.op_mode", "dense", ["sltrain.op_mode", '"factored"']),
-    "4-bit": ("sltrain.precision.states", "4bit", ["sltrain.precision.states", '"8bit"']),
+    "unknown states": ("sltrain.precision.states", "2bit", ["sltrain.precision.states", '"8bit"']),
+    "4-bit of bitsandbytes": (
+        "sltrain.precision",
+        {"states": "4bit", "backend": "bitsandbytes"},
+        ['precision.backend: "bitsandbytes" has no states "4bit"', '"auto"'],
+    ),
+    "our 32-bit": ("sltrain.precision", {"backend": "ours"}, ['precision.backend: "ours" is for states "8bit"']),
+    "unscattered aligned gradients": (
+        "zero_optimization",
+        {"stage": 3, "reduce_scatter": False},
+        ["zero_optimization.reduce_scatter: false", "precision.states", "remove the key"],
+    ),
     "fp16": ("fp16", {"enabled": True}, ["fp16.enabled", "bf16.enabled true"]),
     "old bf16 spelling": ("bfloat16", {"enabled": True}, ["bfloat16: is the old spelling", '"bf16"']),
     "optimizer offload": ("zero_optimization.offload_optimizer", {"device": "cpu"}, ["offload_optimizer", '"8bit"']),
@@ -185,7 +195,7 @@ BAD = {
     ),
     "fp32 weights under bf16": ("sltrain.precision.weights", "fp32", ["precision.weights", "bf16.enabled"]),
     "our key turned off": ("zero_allow_untested_optimizer", False, ["zero_allow_untested_optimizer", "remove the key"]),
-    "our bf16 flag": ("bf16.bf16_optimizer_states", True, ["bf16.bf16_optimizer_states", "precision.weights"]),
+    "our bf16 flag": ("bf16.bf16_optimizer_states", False, ["bf16.bf16_optimizer_states", "precision.weights"]),
     "accumulation by the caller": ("managed_gradient_accumulation", False, ["managed_gradient_accumulation", "remove"]),
     "elastic with 8-bit": ("zero_optimization.elastic_checkpoint", True, ["elastic_checkpoint", "precision.states"]),
     # what would break later, or has no test
@@ -381,7 +391,7 @@ def test_masters_without_bf16(line, good):
 
 def test_bitsandbytes_without_8bit(line):
     message = line(put("sltrain.precision", {"backend": "bitsandbytes"}))
-    assert 'sltrain.precision.backend: "bitsandbytes" is for states "8bit"' in message
+    assert 'sltrain.precision.backend: "bitsandbytes" has no states "32bit"' in message
 
 
 @pytest.mark.parametrize("world", [3, 32])
