@@ -88,7 +88,7 @@ def plan(sizes: dict, alive: dict, layers: dict, tokens, dtype, device, micro_ba
     chosen, wishes = {}, []
     for shape, size in sizes.items():
         costs = estimate(*size, tokens, dtype, device, constants)
-        mode = chosen[shape] = min(costs.keys() - {"keep"}, key=costs.get)
+        mode = chosen[shape] = min((name for name in costs if name != "keep"), key=costs.get)
         weight = size[0] * size[1] * dtype.itemsize
         held = {"keep": (costs["keep"], alive[shape] * weight)}
         if micro_batches > 1:
