@@ -69,7 +69,7 @@ def run(args) -> int:
 
 def _op(args, device):
     from sltrain_ds.bench import op
-    from sltrain_ds.ops.modes import CHOICES
+    from sltrain_ds.ops.modes import MODES
 
     if args.calibrate:
         return _calibrate(args, device)
@@ -77,7 +77,7 @@ def _op(args, device):
         op.parse_shapes(args.shapes or SHAPES, args.density),
         _numbers("--tokens", args.tokens or TOKENS),
         _names("--dtypes", args.dtypes, op.DTYPES),
-        _names("--modes", args.modes, CHOICES) if args.modes else CHOICES,
+        _names("--modes", args.modes, ("auto", *MODES)) if args.modes else ("auto", *MODES),
         device, args.pairs, args.seconds, args.out,
     )  # fmt: skip
 
