@@ -78,6 +78,15 @@ class UnitUpdate:
         self.units = list(units.values())
         self._unit_of = {i: unit for unit in self.units for i in unit.groups}
 
+    def describe(self) -> str:
+        """A line for the start of a run: what gradients will take."""
+        sizes = [self.world * sum(self.partitions[i].numel() for i in unit.groups) for unit in self.units]
+        line = f"per-layer update: {len(sizes)} units, the largest of {max(sizes):,} values"
+        if self.gradient_accumulation_steps > 1:
+            kept = sum(sizes) // self.world * self.dtype.itemsize
+            line += f"; gradient accumulation keeps {kept / 1e6:,.1f} MB of gradients a rank until the step"
+        return line
+
     def _pieces(self, i: int) -> list[Piece]:
         found = []
         for parameter, start, offset, length in self.cut(i):
