@@ -20,5 +20,7 @@ def quiet() -> None:
         logger.setLevel("WARNING")
     for noisy in (logger, logging.getLogger("bitsandbytes.backends.cpu.ops")):
         noisy.addFilter(lambda record: not record.getMessage().startswith(KNOWN))
-    # DeepSpeed 0.19.8 calls it on every step; torch 2.13 gave it a new name
-    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.* is deprecated", category=FutureWarning)
+    # DeepSpeed 0.19.8 calls them on every step; torch 2.13 gave them new names
+    warnings.filterwarnings(
+        "ignore", message=".*(all_gather_into|reduce_scatter)_tensor.* is deprecated", category=FutureWarning
+    )

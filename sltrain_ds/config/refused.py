@@ -10,11 +10,7 @@ from .jsonfile import shown
 _LATER = "is not in this version"
 
 # values of the block that a later version will take: (path, value) -> what to do
-_BLOCK_VALUES = {
-    ("per_layer_update", True): f"{_LATER}; set false",
-    ("clipping", "per_layer"): f'{_LATER} (it belongs to per_layer_update); set "global"',
-    ("clipping", "lagged"): f'{_LATER} (it belongs to per_layer_update); set "global"',
-}
+_BLOCK_VALUES = {}
 
 # DeepSpeed blocks that do what sltrain_ds does itself, or that replace its engine
 _BLOCKS = {
@@ -56,6 +52,9 @@ _KEPT_DEFAULTS = {
     "data_types.param_dtype": ((None,), "is what bf16.enabled decides; remove it"),
     "data_types.buffer_dtype": ((None,), "would cast the rotary frequencies, which stay fp32; remove it"),
 }
+
+# of zero_optimization, what the per-layer update leaves no choice of
+_PER_LAYER_ZERO = {"reduce_scatter": True, "contiguous_gradients": True, "elastic_checkpoint": False}
 
 
 def refuse_block_values(block):
@@ -133,6 +132,7 @@ def _combinations(data, block):
             "step on zero gradients at the start); set stage 1, 2 or 3, or bf16.enabled false"
         )
     yield from _masters(bf16, precision)
+    yield from _per_layer(data, zero, stage, block)
     for key in zero:
         if f"stage3_{key}" in zero:
             yield f"zero_optimization.{key}: is stage3_{key} by another name; keep one of them"
@@ -199,6 +199,35 @@ def _masters(bf16, precision):
             f'sltrain.precision.weights: "bf16_stochastic" is rounded by our own Adam, not by "{backend}"; set states '
             '"8bit" or "4bit" with backend "auto", or weights "bf16"'
         )
+
+
+def _per_layer(data, zero, stage, block):
+    if not block.per_layer_update:
+        if block.clipping != "global":
+            yield (
+                f'sltrain.clipping: "{block.clipping}" is how sltrain.per_layer_update clips; set it to "global", or '
+                "per_layer_update true"
+            )
+        return
+    if stage not in (2, 3):
+        yield (
+            f"sltrain.per_layer_update: true needs zero_optimization.stage 2 or 3, which partition gradients; set it "
+            f"to 2 (got {stage}), also on one GPU"
+        )
+    if block.clipping == "global" and data.get("gradient_clipping"):
+        yield (
+            f'sltrain.clipping: "global" cannot bound gradient_clipping {data["gradient_clipping"]:g} with '
+            "sltrain.per_layer_update true, since the whole gradient never exists at once; set clipping "
+            '"lagged" or "per_layer", or gradient_clipping 0.0'
+        )
+    if data.get("prescale_gradients") or data.get("gradient_predivide_factor", 1.0) != 1.0:
+        key = "prescale_gradients" if data.get("prescale_gradients") else "gradient_predivide_factor"
+        yield f"{key}: is not supported with sltrain.per_layer_update true; remove it"
+    for key, value in _PER_LAYER_ZERO.items():
+        if key in zero and zero[key] != value:
+            yield (
+                f"zero_optimization.{key}: {shown(zero[key])} does not go with sltrain.per_layer_update true; remove it"
+            )
 
 
 def _offload(zero):

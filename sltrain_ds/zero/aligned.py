@@ -14,13 +14,8 @@ DeepSpeed decides how values lie, the least is overridden:
 is a `BlockwiseAdam`; they set its segments.
 """
 
-from contextlib import contextmanager
-from unittest import mock
-
 import deepspeed
 from deepspeed import comm as dist
-from deepspeed.runtime import engine as engine_module
-from deepspeed.runtime.zero import stage3
 from deepspeed.runtime.zero.partition_parameters import AllGatherHandle, ZeroParamStatus, is_zero_param
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
@@ -156,13 +151,3 @@ class AlignedZeroOptimizer(Aligned, DeepSpeedZeroOptimizer):
 
 class AlignedZeroOptimizerStage3(AlignedStage3, DeepSpeedZeroOptimizer_Stage3):
     """ZeRO 3 with aligned partitions."""
-
-
-@contextmanager
-def aligned_engine():
-    """Inside, `deepspeed.initialize` builds the aligned optimizers; it names its classes itself (engine.py:2681)."""
-    with (
-        mock.patch.object(engine_module, "DeepSpeedZeroOptimizer", AlignedZeroOptimizer),
-        mock.patch.object(stage3, "DeepSpeedZeroOptimizer_Stage3", AlignedZeroOptimizerStage3),
-    ):
-        yield

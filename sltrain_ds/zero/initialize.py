@@ -1,18 +1,21 @@
 """`initialize`: what `deepspeed.initialize` does, with the optimizer, groups and checks an SLTrain model needs."""
 
 import copy
-from contextlib import nullcontext
 
 import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
 
 from sltrain_ds.blockwise_adam import BlockwiseAdam
 from sltrain_ds.config import RunConfig, from_dict
 from sltrain_ds.config.jsonfile import read_json
 from sltrain_ds.optim import build_optimizer
-from sltrain_ds.zero.aligned import AlignedInit, aligned_engine, partition_aligned
+from sltrain_ds.zero.agree_on_modes import agree_on_modes
+from sltrain_ds.zero.aligned import AlignedInit, partition_aligned
+from sltrain_ds.zero.engine_swap import zero_classes
 from sltrain_ds.zero.start import start
 from sltrain_ds.zero.support_check import check_supports_agree
+from sltrain_ds.zero.units import split_by_unit
 
 
 def initialize(
@@ -30,13 +33,17 @@ def initialize(
     config = config or config_params or getattr(args, "deepspeed_config", None)
     run = _run_config(config)
     if run is not None:
+        agree_on_modes(model, run, get_accelerator().current_device_name())
         optimizer = optimizer or build_optimizer(model, run)
+        if run.sltrain.per_layer_update:
+            split_by_unit(model, optimizer)
         config = _for_deepspeed(run, getattr(optimizer, "param_groups", []))
         args = None  # its deepspeed_config, the file itself, would be a second config
-    blocks = isinstance(optimizer, BlockwiseAdam)
-    if blocks and run is not None and run.zero_stage == 3:
+    aligned = isinstance(optimizer, BlockwiseAdam)
+    if aligned and run is not None and run.zero_stage == 3:
         partition_aligned(model, config, _dtype(run))
-    with aligned_engine() if blocks else nullcontext():
+    clipping = run.sltrain.clipping if run is not None and run.sltrain.per_layer_update else None
+    with zero_classes(aligned, clipping):
         result = deepspeed.initialize(
             args=args, model=model, optimizer=optimizer, model_parameters=model_parameters,
             training_data=training_data, lr_scheduler=lr_scheduler, config=config, **rest,

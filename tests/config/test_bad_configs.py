@@ -145,17 +145,16 @@ BAD = {
     ),
     "global batch that cannot be derived": ("train_batch_size", ..., ["train_batch_size", "cannot be derived"]),
     # what this version does not do
-    "per-layer update": (
-        "sltrain.per_layer_update",
-        True,
-        ["sltrain.per_layer_update: true is not in this", "set false"],
-    ),
     "stochastic rounding of others": (
         "sltrain.precision",
         {"weights": "bf16_stochastic"},
         ["bf16_stochastic", 'not by "torch"', "states"],
     ),
-    "lagged clipping": ("sltrain.clipping", "lagged", ["sltrain.clipping", 'set "global"']),
+    "lagged clipping": ("sltrain.clipping", "lagged", ["sltrain.clipping", 'set it to "global"']),
+    "unknown mode of a shape": ("sltrain.op_mode", {"512x512": "dense"}, ["sltrain.op_mode", '"factored"']),
+    "mode of no shape": ("sltrain.op_mode", {"mlp": "keep"}, ["sltrain.op_mode", '"mlp"', "OUTxIN"]),
+    "mode of a shape that is not there": ("sltrain.op_mode", {"7x8": "keep"}, ["sltrain.op_mode", "7x8", "512x512"]),
+    "memory below zero": ("sltrain.op_memory", -1, ["sltrain.op_memory", "at least 0"]),
     "unknown mode": ("sltrain.op_mode", "dense", ["sltrain.op_mode", '"factored"']),
     "unknown states": ("sltrain.precision.states", "2bit", ["sltrain.precision.states", '"8bit"']),
     "4-bit of bitsandbytes": (

@@ -25,10 +25,28 @@ PAPER = {
     "llama_7b": (1024, 0.05, 8, 150_000, 15_000, "8bit", 1.0),
 }
 ALSO_7B = {"llama_7b_zero2": 256, "llama_7b_zero3": 256, "llama_7b_2048": 2048, "llama_7b_4096": 4096}
+PER_LAYER = {"llama_350m_per_layer": 1, "llama_1b_per_layer": 1, "llama_7b_per_layer": 1}  # sequences a step
+PER_LAYER |= {"llama_7b_zero2_per_layer": 512, "llama_7b_zero3_per_layer": 512}
 
 
 def test_what_is_shipped():
-    assert set(SHIPPED) >= {"quickstart", *PAPER, *ALSO_7B}
+    assert set(SHIPPED) >= {"quickstart", *PAPER, *ALSO_7B, *PER_LAYER}
+
+
+@pytest.mark.parametrize("name", PER_LAYER)
+def test_the_per_layer_recipes_are_the_papers_with_fewer_bytes(name):
+    run = load(FOLDER / f"{name}.json", check_files=False)
+    size = "_".join(name.split("_")[:2])
+    paper = load(FOLDER / f"{size}.json", check_files=False)
+    assert (run.train_batch_size, run.sequence_length) == (PER_LAYER[name], 256)
+    assert run.zero_stage == (3 if "zero3" in name else 2)
+    assert run.sltrain.method == paper.sltrain.method and run.model_fields == paper.model_fields
+    for key in ("optimizer", "scheduler"):
+        assert run.deepspeed[key] == paper.deepspeed[key]
+    block = run.sltrain
+    assert (block.per_layer_update, block.clipping, run.gradient_clipping) == (True, "lagged", 1.0)
+    assert (block.precision.states, run.weights, block.loss) == ("8bit", "bf16_stochastic", "chunked")
+    assert block.model.activation_checkpointing == "non_reentrant"
 
 
 @pytest.mark.parametrize("world", [1, 2, 4, 8])

@@ -49,7 +49,7 @@ def test_a_good_file_validates(validator, good):
         ("zero_optimization", "stages", 2),
         ("sltrain", "stpes", 1),
         ("sltrain", "steps", "1"),
-        ("sltrain", "per_layer_update", True),
+        ("sltrain", "clipping", "layer"),
         ("sltrain", "model", {"preset": "llama_60m", "path": "x"}),
         ("sltrain", "model", {"config": {"vocab_size": 3}}),
         ("sltrain", "method", {"name": "sltrain", "rank": 4, "density": 0, "alpha": 1}),

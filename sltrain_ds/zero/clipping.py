@@ -1,0 +1,57 @@
+"""Clipping when the gradients of the whole model never exist at once."""
+
+import torch
+from deepspeed import comm as dist
+
+CHUNK = 1 << 20  # elements cast to fp32 at a time on a CPU; on a GPU the norm casts as it reads
+
+
+class UnitClipping:
+    """Coefficients for the gradients of one unit after another, and the true global norm of a step.
+
+    mode    "global": none (a bound is refused beside the per-layer update)
+            "per_layer": each unit's gradient is clipped by its own norm, over all ranks
+            "lagged": by the global norm of the step before, which is nearly this one's; the first step, which has
+            none, is clipped per layer
+    bound   on the norm; 0.0: no clipping
+
+    Norms are of averaged gradients before clipping. `last_norm` belongs in the checkpoint.
+    """
+
+    def __init__(self, mode: str, bound: float, process_group, device):
+        self.mode, self.bound, self.process_group, self.device = mode, bound, process_group, device
+        self.last_norm: float | None = None
+        self._squares: list[torch.Tensor] = []
+
+    def coefficient(self, gradients: list[torch.Tensor]) -> torch.Tensor | float | None:
+        """What this rank's part of a unit's gradient is to be multiplied by, or None; a collective in "per_layer"."""
+        square = sum_of_squares(gradients, self.device)
+        if self.mode == "global" or not self.bound:
+            self._squares.append(square)
+            return None
+        if self.mode == "lagged" and self.last_norm is not None:
+            self._squares.append(square)
+            return min(1.0, self.bound / (self.last_norm + 1e-6))
+        norm = self._over_ranks(square.clone()).sqrt()
+        self._squares.append(square)
+        return (self.bound / (norm + 1e-6)).clamp(max=1.0)
+
+    def end_step(self) -> torch.Tensor:
+        """The global norm of the step that ends; one all-reduce."""
+        norm = self._over_ranks(torch.stack(self._squares).sum()).sqrt()
+        self._squares.clear()
+        self.last_norm = float(norm)
+        return norm
+
+    def _over_ranks(self, square: torch.Tensor) -> torch.Tensor:
+        if dist.get_world_size(self.process_group) > 1:
+            dist.all_reduce(square, group=self.process_group)
+        return square
+
+
+def sum_of_squares(tensors: list[torch.Tensor], device) -> torch.Tensor:
+    """Sum of all their squares, in fp32 and without a copy in fp32 of any whole tensor; () on `device`."""
+    if torch.device(device).type == "cpu":
+        tensors = [part for tensor in tensors for part in tensor.reshape(-1).split(CHUNK)]
+    norms = [torch.linalg.vector_norm(tensor, dtype=torch.float32) for tensor in tensors]
+    return torch.stack(norms).square().sum() if norms else torch.zeros((), device=device)

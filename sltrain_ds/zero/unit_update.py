@@ -1,0 +1,234 @@
+"""The per-layer update that ZeRO-2 and ZeRO-3 share: reduce, step on the owner and free, unit by unit, in backward.
+
+A unit (zero/units.py) is done when the last of its gradients has arrived: they are averaged over the ranks, every rank
+steps the slice that it owns with DeepSpeed's own `_optimizer_step`, and the gradients are gone before the block below
+begins. Gradients of the whole model never exist at once. Where they are until then:
+
+* One rank: in `.grad` and nowhere else. The optimizer's parameters are views of the masters, one for each model
+  parameter, so `.grad` itself is stepped.
+* Several ranks: copied into a bucket of the unit's size, which lies as the partitions do: one reduce-scatter for each
+  group, in place. A parameter alone in its group (embedding, head) needs no bucket: its `.grad` is reduced in place.
+* Gradient accumulation: several ranks add what they own of each micro-batch into a shard, 1/N of the gradients, which
+  lives until the step; one rank lets autograd add in `.grad`. Without accumulation there is neither.
+"""
+
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
+from torch.nn import Parameter
+
+from sltrain_ds.zero.clipping import UnitClipping
+from sltrain_ds.zero.units import adopt, unit_of
+
+LAST_NORM = "sltrain_last_grad_norm"  # its key in the checkpoint
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What this rank owns of a parameter: elements `start`.. of it, at `offset` in its group's partition."""
+
+    parameter: Parameter
+    start: int
+    offset: int
+    master: torch.Tensor  # (n,), a leaf: what the inner optimizer steps
+
+
+@dataclass(eq=False)
+class Unit:
+    """The groups that are stepped together, and where a step stands."""
+
+    name: str
+    groups: list[int] = field(default_factory=list)
+    missing: set[Parameter] = field(default_factory=set)  # no gradient yet in this micro-batch
+    bucket: torch.Tensor | None = None
+    stepped: bool = False
+
+
+class UnitUpdate:
+    """A mixin for DeepSpeed's ZeRO optimizers, whose groups were split by `split_by_unit`.
+
+    The class it is mixed into sets `groups` (each a list of parameters), `partitions` (this rank's flat masters),
+    `owned` (the weights they are the masters of, or alias) and `group_of`, calls `start_units` at its construction's
+    end and `arrived`, `close_micro_batch` and `step_units` when it is time, and says where gradients lie: `place`.
+
+    A gradient that is not finite has been stepped by when the norm is known: no step can be skipped here.
+    """
+
+    groups: list[list[Parameter]]
+    partitions: list[torch.Tensor]  # (partition,), float32 or as the weights
+    owned: list[torch.Tensor]  # (partition,), as the weights
+    side_stream = None  # where reductions and steps run beside the backward pass
+
+    def start_units(self, clipping: str) -> None:
+        """Cut the partitions into pieces, which the optimizer steps, and group the groups into units."""
+        self.world = dist.get_world_size(group=self.dp_process_group)
+        self.rank = dist.get_rank(group=self.dp_process_group)
+        self.clipping = UnitClipping(clipping, self.clip_grad, self.dp_process_group, self.device)
+        self.pieces = [self._pieces(i) for i in range(len(self.groups))]
+        self.reduced: dict[int, torch.Tensor] = {}  # group -> averaged gradient of this rank's partition
+        self.shards: dict[int, torch.Tensor] = {}  # group -> the same, summed over micro-batches so far
+        units: dict[str, Unit] = {}
+        for i, group in enumerate(self.groups):
+            name = unit_of(self.optimizer.param_groups[self.group_of(i)])
+            units.setdefault(name, Unit(name)).groups.append(i)
+            units[name].missing.update(group)
+        self.units = list(units.values())
+        self._unit_of = {i: unit for unit in self.units for i in unit.groups}
+
+    def _pieces(self, i: int) -> list[Piece]:
+        found = []
+        for parameter, start, offset, length in self.cut(i):
+            master = self.partitions[i].detach()[offset : offset + length].requires_grad_()
+            adopt(self.optimizer, self.optimizer.param_groups[self.group_of(i)], master, parameter, start)
+            found.append(Piece(parameter, start, offset, master))
+        return found
+
+    # -- in backward -----------------------------------------------------------------------------------------------
+
+    def arrived(self, parameter: Parameter, i: int) -> None:
+        """The gradient of a parameter of group i is in `.grad`."""
+        unit = self._unit_of[i]
+        if parameter not in unit.missing:
+            raise RuntimeError(f"{self.param_names[parameter]}: a second gradient in one backward pass")
+        if self.world > 1 and not self._bypasses(i):
+            with self._beside(parameter.grad):
+                self.place(self._lane(unit, i), i, parameter, parameter.grad.reshape(-1))
+            parameter.grad = None
+        unit.missing.remove(parameter)
+        if not unit.missing:
+            if self.world > 1:
+                self._reduce(unit)
+            if self.is_gradient_accumulation_boundary():
+                self._update(unit)
+
+    def close_micro_batch(self) -> None:
+        """Before the next forward: reduce what came of units in which not every parameter got a gradient."""
+        for unit in self.units:
+            some = unit.bucket is not None or any(p.grad is not None for i in unit.groups for p in self.groups[i])
+            if unit.missing and self.world > 1 and some:
+                self._reduce(unit)
+            unit.missing = {parameter for i in unit.groups for parameter in self.groups[i]}
+
+    def step_units(self) -> torch.Tensor:
+        """What is left to the step: units with parameters that got no gradient (stepped with zeros, as stock ZeRO
+        does), and the global gradient norm, which is returned.
+        """
+        self.close_micro_batch()
+        for unit in self.units:
+            if not unit.stepped:
+                self._update(unit)
+            unit.stepped = False
+        self.wait_for_updates()
+        return self.clipping.end_step()
+
+    # -- average over the ranks ------------------------------------------------------------------------------------
+
+    def _bypasses(self, i: int) -> bool:
+        return len(self.groups[i]) == 1 and self.groups[i][0].dtype == self.communication_data_type
+
+    def _lane(self, unit: Unit, i: int) -> torch.Tensor:
+        """A group's part (partition x ranks,) of its unit's bucket."""
+        sizes = {j: self.world * self.partitions[j].numel() for j in unit.groups if not self._bypasses(j)}
+        if unit.bucket is None:
+            unit.bucket = self.owned[i].new_empty(sum(sizes.values()), dtype=self.communication_data_type)
+        before = sum(size for j, size in sizes.items() if j < i)
+        return unit.bucket[before : before + sizes[i]]
+
+    def _reduce(self, unit: Unit) -> None:
+        """Average a unit's gradients in place; what this rank owns of them goes to `reduced`, or is accumulated."""
+        with self._beside():
+            for i in unit.groups:
+                if self._bypasses(i):
+                    parameter = self.groups[i][0]
+                    if parameter.grad is not None:
+                        self._keep(parameter.grad)
+                        self.reduced[i] = self._scatter(parameter.grad.reshape(-1), self.partitions[i].numel())
+                        parameter.grad = None
+                    continue
+                lane = self._lane(unit, i)
+                for parameter in self.groups[i]:
+                    if parameter in unit.missing:
+                        self.place(lane, i, parameter, lane.new_zeros(()))
+                self.reduced[i] = self._scatter(lane, self.partitions[i].numel())
+            unit.bucket = None
+            if self.gradient_accumulation_steps > 1:
+                for i in unit.groups:
+                    if i in self.reduced:
+                        new = self.reduced.pop(i)
+                        self.shards[i] = self.shards[i].add_(new) if i in self.shards else new.clone()
+
+    def _scatter(self, gradient: torch.Tensor, size: int) -> torch.Tensor:
+        """This rank's slice, `size` long unless it reaches the end, of a gradient that is averaged in place."""
+        gradient.div_(self.world)
+        own = gradient[self.rank * size : (self.rank + 1) * size]
+        padded = gradient.numel() == size * self.world  # a lone parameter comes without the padding of its partitions
+        if padded and gradient.device.type != "cpu":
+            dist.reduce_scatter_fn(own, gradient, group=self.dp_process_group)
+        else:  # gloo makes a reduce-scatter of copies and all-reduces
+            dist.all_reduce(gradient, group=self.dp_process_group)
+        return own
+
+    # -- step --------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _update(self, unit: Unit) -> None:
+        """Clip, step and free a unit, group by group."""
+        with self._beside():
+            gradients = {i: self._gradients(i) for i in unit.groups}
+            scale = self.clipping.coefficient([gradient for i in unit.groups for gradient in gradients[i]])
+            for i in unit.groups:
+                for piece, gradient in zip(self.pieces[i], gradients.pop(i), strict=True):
+                    piece.master.grad = gradient.to(piece.master.dtype)
+                    if scale is not None:
+                        piece.master.grad.mul_(scale)
+                self._optimizer_step(i)
+                for piece in self.pieces[i]:
+                    piece.master.grad = None
+                for parameter in self.groups[i]:
+                    parameter.grad = None
+                if self.owned[i].data_ptr() != self.partitions[i].data_ptr():
+                    self.owned[i].copy_(self.partitions[i])
+        unit.stepped = True
+
+    def _gradients(self, i: int) -> list[torch.Tensor]:
+        """The averaged gradient of each of a group's pieces, zeros where none came."""
+        if self.world == 1:
+            whole = [piece.parameter.grad for piece in self.pieces[i]]
+            return [
+                torch.zeros_like(piece.master, dtype=self.dtype) if gradient is None else gradient.reshape(-1)
+                for piece, gradient in zip(self.pieces[i], whole, strict=True)
+            ]
+        own = (self.shards if self.gradient_accumulation_steps > 1 else self.reduced).pop(i, None)
+        if own is None:
+            return [torch.zeros_like(piece.master, dtype=self.dtype) for piece in self.pieces[i]]
+        return [own[piece.offset :][: piece.master.numel()] for piece in self.pieces[i]]
+
+    # -- streams (overlap_comm on CUDA) --------------------------------------------------------------------------------
+
+    @contextmanager
+    def _beside(self, *used: torch.Tensor):
+        """Inside, work is queued behind what the current stream has been given so far, and beside what follows.
+
+        `used` is memory that the current stream's work allocated and that is read or written inside.
+        """
+        if self.side_stream is None:
+            yield
+            return
+        self.side_stream.wait_stream(get_accelerator().current_stream())
+        self._keep(*used)
+        with get_accelerator().stream(self.side_stream):
+            yield
+
+    def _keep(self, *tensors: torch.Tensor) -> None:
+        """Their memory is not given to anyone else before the side stream has come this far."""
+        if self.side_stream is not None:
+            for tensor in tensors:
+                tensor.record_stream(self.side_stream)
+
+    def wait_for_updates(self) -> None:
+        """Whatever the current stream is given next comes after every reduction and step so far."""
+        if self.side_stream is not None:
+            get_accelerator().current_stream().wait_stream(self.side_stream)

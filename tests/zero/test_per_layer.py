@@ -1,0 +1,164 @@
+"""The per-layer update on one rank: units, clipping, parameters without gradient, checkpoints."""
+
+import deepspeed
+import pytest
+import torch
+
+from sltrain_ds import checkpoint, models
+from sltrain_ds.config import from_dict
+from sltrain_ds.optim import build_optimizer
+from sltrain_ds.zero.clipping import UnitClipping
+from sltrain_ds.zero.initialize import initialize, partitioner
+from sltrain_ds.zero.start import start
+from sltrain_ds.zero.units import split_by_unit
+
+STAGES = pytest.mark.parametrize("stage", [2, 3])
+
+
+@pytest.fixture(autouse=True)
+def one_rank(monkeypatch):
+    for key, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(key, str(value))
+    monkeypatch.setenv("MASTER_PORT", "29793")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+
+
+@pytest.fixture
+def per_layer(tiny_config):
+    def make(**overrides):
+        return tiny_config(**{"sltrain__per_layer_update": True, "sltrain__clipping": "lagged", **overrides})
+
+    return make
+
+
+def engine_of(config, stage=2):
+    config["zero_optimization"]["stage"] = stage
+    run = from_dict(config)
+    return run, initialize(model=models.build(run, "cpu", partitioner(run)), config=run)[0]
+
+
+def batch(step):
+    return torch.randint(384, (2, 16), generator=torch.Generator().manual_seed(step))
+
+
+def train(engine, run, steps):
+    """The losses of some steps, each on a batch of its own."""
+    losses = []
+    for step in steps:
+        for micro in range(run.accumulation):
+            tokens = batch(1000 * step + micro)
+            loss = engine(input_ids=tokens, labels=tokens).loss
+            engine.backward(loss)
+            engine.step()
+        losses.append(loss.item())
+    return losses
+
+
+def whole(engine):
+    parameters = list(engine.module.parameters())
+    with deepspeed.zero.GatheredParameters([p for p in parameters if hasattr(p, "ds_tensor")]):
+        return [p.detach().clone() for p in parameters]
+
+
+def test_units_are_blocks_embedding_and_head(per_layer):
+    run = from_dict(per_layer(sltrain__method__lr_scale={"factors": 0.5}))
+    model = models.build(run)
+    optimizer = build_optimizer(model, run)
+    split_by_unit(model, optimizer)
+    names = [group["name"] for group in optimizer.param_groups]
+    block = ["factors", "sparse", "norms"]
+    assert names == [
+        "embedding/dense",
+        *(f"layers.{i}/{role}" for i in (0, 1) for role in block),
+        "head/dense",
+        "head/norms",
+    ]
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
+    assert {group["name"].split("/")[1]: group["lr_scale"] for group in optimizer.param_groups}["factors"] == 0.5
+
+
+@STAGES
+def test_gradients_are_gone_when_backward_ends(per_layer, stage):
+    _, engine = engine_of(per_layer(train_batch_size=2, scheduler=None), stage)
+    before = whole(engine)
+    tokens = batch(0)
+    engine.backward(engine(input_ids=tokens, labels=tokens).loss)
+    assert all(p.grad is None for p in engine.module.parameters())
+    engine.step()
+    assert all(not torch.equal(a, b) for a, b in zip(before, whole(engine), strict=True))
+    engine.destroy()
+
+
+@STAGES
+@pytest.mark.parametrize("clipping", ["per_layer", "lagged"])
+def test_resume_is_exact(per_layer, tmp_path, stage, clipping):
+    settings = {
+        "sltrain__clipping": clipping,
+        "gradient_clipping": 0.05,
+        "sltrain__checkpoint__dir": str(tmp_path / "c"),
+    }
+    settings |= {"bf16": {"enabled": True}, "sltrain__precision": {"states": "8bit"}}
+    run, engine = engine_of(per_layer(**settings), stage)
+    train(engine, run, range(3))
+    saved = checkpoint.save(engine, run, 3, 0)
+    straight, end = train(engine, run, range(3, 6)), whole(engine)
+    engine.destroy()
+    run, engine = engine_of(per_layer(**settings), stage)
+    checkpoint.resume(engine, run, saved)
+    assert train(engine, run, range(3, 6)) == straight
+    assert all(torch.equal(a, b) for a, b in zip(whole(engine), end, strict=True))
+    engine.destroy()
+
+
+@STAGES
+def test_parameters_without_gradient_are_stepped_with_zeros(per_layer, stage):
+    """As stock ZeRO does: weight decay still shrinks them, and the others are as they would be."""
+    settings = {"optimizer__params__weight_decay": 0.5, "gradient_clipping": 0.0}
+    ends = []
+    for on in (True, False):
+        run, engine = engine_of(per_layer(sltrain__per_layer_update=on, sltrain__clipping="global", **settings), stage)
+        for group in engine.basic_optimizer.param_groups:
+            group["fused"] = False
+        block = engine.module.model.layers[1]
+        block.mlp.forward = lambda x: x  # a branch that takes no part in the loss
+        train(engine, run, range(3))
+        ends.append(whole(engine))
+        engine.destroy()
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+def test_clipping_coefficients():
+    start()
+    units = [[torch.full((4,), 3.0)], [torch.full((4,), 4.0), torch.zeros(2)]]  # norms 6 and 8, together 10
+
+    def step(clip):
+        found = [clip.coefficient(unit) for unit in units]
+        return [None if c is None else pytest.approx(float(c), rel=1e-5) for c in found], float(clip.end_step())
+
+    per_layer, lagged = UnitClipping("per_layer", 7.0, None, "cpu"), UnitClipping("lagged", 7.0, None, "cpu")
+    assert step(per_layer) == ([1.0, 7 / 8], 10.0)
+    assert step(lagged) == ([1.0, 7 / 8], 10.0)  # the first step has no norm before it
+    assert step(lagged) == ([0.7, 0.7], 10.0)
+    lagged.last_norm = 5.0
+    assert step(lagged) == ([1.0, 1.0], 10.0)
+    assert step(UnitClipping("lagged", 0.0, None, "cpu")) == ([None, None], 10.0)
+    assert step(UnitClipping("global", 0.0, None, "cpu")) == ([None, None], 10.0)
+
+
+@STAGES
+def test_a_tight_bound_slows_the_update_of_sgd(per_layer, stage):
+    """Adam hides a constant factor, so the coefficient is seen through plain SGD."""
+    moved = {}
+    for bound in (0.0, 0.01):
+        config = per_layer(sltrain__clipping="per_layer", gradient_clipping=bound, train_batch_size=2, scheduler=None)
+        config["zero_optimization"]["stage"] = stage
+        run = from_dict(config)
+        model = models.build(run, "cpu", partitioner(run))
+        engine, *_ = initialize(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=1.0), config=run)
+        before = whole(engine)
+        train(engine, run, [0])
+        moved[bound] = dict(zip(dict(model.named_parameters()), map(torch.sub, whole(engine), before), strict=True))
+        engine.destroy()
+    block = [name for name in moved[0.0] if "layers.1." in name]
+    assert torch.cat([moved[0.0][name].flatten() for name in block]).norm() > 0.02
+    assert float(torch.cat([moved[0.01][name].flatten() for name in block]).norm()) == pytest.approx(0.01, rel=1e-3)
