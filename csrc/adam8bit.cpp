@@ -1,64 +1,17 @@
 // Blockwise 8-bit Adam step on the CPU; adam8bit.h says what happens to one element, sltrain_ds/ops/adam8bit.py why.
 // A block of 256 values is worked on by one thread from end to end, so results do not depend on the number of threads.
 
-// sums and products keep their own roundings in every clone; square roots vectorise by the build's -fno-math-errno
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC optimize("fp-contract=off")
-#elif defined(__clang__)
-#pragma clang fp contract(off)
-#endif
-
-#include "adam8bit.h"
+#include "adam_block.h"
 
 #include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <c10/util/BFloat16.h>
-
-#include <algorithm>
-#include <cstdint>
-#include <type_traits>
-
-#if defined(__x86_64__) && defined(__GNUC__)
-#include <immintrin.h>
-#define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq")))
-#endif
-
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define VECTOR_CLONES __attribute__((target_clones("default", "avx2", "avx512f")))
-#else
-#define VECTOR_CLONES
-#endif
 
 namespace sltrain {
 namespace {
-
-constexpr int kAhead = 2;  // blocks between the one that is prefetched and the one that is worked on
-
-// One block in fp32, padded with zeros where it is ragged.
-struct Block {
-  alignas(64) float p[kStateBlock], g[kStateBlock], m[kStateBlock], v[kStateBlock];
-  alignas(64) uint8_t m8[kStateBlock], v8[kStateBlock];
-  alignas(64) uint16_t half[kStateBlock];  // p or g in bf16
-};
 
 struct Tables {
   const float *signed_map, *unsigned_map;
   const uint32_t *signed_buckets, *unsigned_buckets;
 };
-
-VECTOR_CLONES void widen(const uint16_t* __restrict from, float* __restrict to) {
-  for (int i = 0; i < kStateBlock; ++i) to[i] = from_bf16(from[i]);
-}
-
-VECTOR_CLONES void round_to_nearest(const float* __restrict from, uint16_t* __restrict to) {
-  for (int i = 0; i < kStateBlock; ++i) to[i] = to_bf16(from[i], nearest_even(from[i]));
-}
-
-VECTOR_CLONES void round_stochastically(const BlockNoise& block, const float* __restrict from,
-                                        uint16_t* __restrict to) {
-  const BlockNoise noise = block;
-  for (uint32_t i = 0; i < kStateBlock; ++i) to[i] = to_bf16(from[i], rounding_noise(noise, i));
-}
 
 VECTOR_CLONES void dequantize(const float* __restrict map, const uint8_t* __restrict codes, float absmax,
                               float* __restrict out) {
@@ -107,36 +60,10 @@ AVX512 void quantize_avx512(bool is_signed, const uint32_t* buckets, const float
   }
 }
 
-const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 #else
-constexpr bool has_avx512 = false;
 constexpr auto dequantize_avx512 = dequantize;
 constexpr auto quantize_avx512 = quantize;
 #endif
-
-// p, m and v after the step, and the largest |m| and |v| as integers: their maximum is exact in any order, and NaN is
-// above everything
-VECTOR_CLONES void update(const AdamStep& s, Block& block, float& absmax_m, float& absmax_v) {
-  const AdamStep step = s;
-  const float* __restrict g = block.g;
-  float* __restrict p = block.p;
-  float* __restrict m = block.m;
-  float* __restrict v = block.v;
-  uint32_t largest_m = 0, largest_v = 0;
-  for (int i = 0; i < kStateBlock; ++i) {
-    float p_i = p[i], m_i = m[i], v_i = v[i];
-    adam_update(step, g[i], p_i, m_i, v_i);
-    p[i] = p_i;
-    m[i] = m_i;
-    v[i] = v_i;
-    const uint32_t bits_m = bits_of(m_i) & 0x7FFFFFFFu, bits_v = bits_of(v_i) & 0x7FFFFFFFu;
-    largest_m = bits_m > largest_m ? bits_m : largest_m;
-    largest_v = bits_v > largest_v ? bits_v : largest_v;
-  }
-  absmax_m = float_of(largest_m);
-  absmax_v = float_of(largest_v);
-}
 
 void step_block(const AdamStep& s, const Tables& tables, Block& block, float& absmax_m, float& absmax_v) {
   const auto widen_state = has_avx512 ? dequantize_avx512 : dequantize;
@@ -146,28 +73,6 @@ void step_block(const AdamStep& s, const Tables& tables, Block& block, float& ab
   update(s, block, absmax_m, absmax_v);
   narrow_state(true, tables.signed_buckets, block.m, inverse_of(absmax_m), block.m8);
   narrow_state(false, tables.unsigned_buckets, block.v, inverse_of(absmax_v), block.v8);
-}
-
-void read(const float* from, int64_t n, float* to, uint16_t*) {
-  std::copy_n(from, n, to);
-  std::fill(to + n, to + kStateBlock, 0.0f);
-}
-
-void read(const c10::BFloat16* from, int64_t n, float* to, uint16_t* half) {
-  std::memcpy(half, from, n * sizeof *half);
-  std::fill(half + n, half + kStateBlock, uint16_t{0});
-  widen(half, to);
-}
-
-void write(const Block& block, int64_t n, float* to) { std::copy_n(block.p, n, to); }
-void write(const Block& block, int64_t n, c10::BFloat16* to) { std::memcpy(to, block.half, n * sizeof *to); }
-
-// A block's worth, on its way into the cache: four arrays at once are more than some CPUs follow by themselves.
-template <typename T>
-void prefetch(const T* from) {
-#ifdef __GNUC__
-  for (int i = 0; i < kStateBlock; i += 64 / sizeof(T)) __builtin_prefetch(from + i);
-#endif
 }
 
 template <typename P, typename G>
@@ -192,11 +97,7 @@ void run(const AdamStep& s, const Tables& tables, int64_t numel, int64_t offset,
       std::fill(block.v8 + n, block.v8 + kStateBlock, uint8_t{0});
       step_block(s, tables, block, absmax_m[index], absmax_v[index]);
       if constexpr (!std::is_same_v<P, float>) {
-        if (s.stochastic) {
-          round_stochastically(block_noise(s, offset / kStateBlock + index), block.p, block.half);
-        } else {
-          round_to_nearest(block.p, block.half);
-        }
+        round_parameters(s, offset / kStateBlock + index, block);
       }
       write(block, n, p + first);
       std::copy_n(block.m8, n, m8 + first);
@@ -237,16 +138,10 @@ void adam8bit_step(const at::Tensor& p, const at::Tensor& g, const at::Tensor& m
   const auto* words = reinterpret_cast<const uint32_t*>(tables.const_data_ptr<int32_t>());
   const auto* maps = reinterpret_cast<const float*>(words);
   const Tables parts{maps, maps + 256, words + 512, words + 512 + kBuckets};
-  const auto with = [&](auto* parameter, const auto* gradient) {
+  with_types(p, g, [&](auto* parameter, const auto* gradient) {
     run(s, parts, p.numel(), offset, parameter, gradient, m8.mutable_data_ptr<uint8_t>(),
         v8.mutable_data_ptr<uint8_t>(), absmax_m.mutable_data_ptr<float>(), absmax_v.mutable_data_ptr<float>());
-  };
-  const auto with_gradient = [&](auto* parameter) {
-    if (g.scalar_type() == at::kFloat) return with(parameter, g.const_data_ptr<float>());
-    with(parameter, g.const_data_ptr<c10::BFloat16>());
-  };
-  if (p.scalar_type() == at::kFloat) return with_gradient(p.mutable_data_ptr<float>());
-  with_gradient(p.mutable_data_ptr<c10::BFloat16>());
+  });
 }
 
 }  // namespace sltrain

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 
 from sltrain_ds.errors import UserError
-from sltrain_ds.ops import adam8bit
+from sltrain_ds.ops import adam4bit, adam8bit
 
-FORMATS = {"8bit": adam8bit}
+FORMATS = {"8bit": adam8bit, "4bit": adam4bit}
 ALIGNMENT = 256  # a segment's offset in its parameter is a multiple of this: a whole number of blocks in every format
 
 
@@ -53,7 +53,7 @@ class BlockwiseAdam(torch.optim.Optimizer):
         if states not in FORMATS:
             raise UserError(f"BlockwiseAdam: states {states!r} are not known; choose from {', '.join(FORMATS)}")
         self.decoupled, self.seed, self.stochastic = decoupled, seed, stochastic
-        self._kind = FORMATS[states]
+        self.states, self._kind = states, FORMATS[states]
         self.segments: dict[torch.Tensor, list[Segment]] = {}
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         for group in self.param_groups:
@@ -79,7 +79,7 @@ class BlockwiseAdam(torch.optim.Optimizer):
         """Step one tensor by a gradient of its size, float32 or bfloat16, times `grad_scale`, with `group`'s rates."""
         state = self.state[p]
         if not state:
-            state.update(self._new_state(p, self._kind_of(group)))
+            state.update(self.new_state(p, group))
         state["step"] += 1
         flat, grad = p.view(-1), grad.reshape(-1)
         options = {
@@ -119,7 +119,9 @@ class BlockwiseAdam(torch.optim.Optimizer):
     def _kind_of(self, group):
         return None if group["states"] == "32bit" else self._kind
 
-    def _new_state(self, p, kind):
+    def new_state(self, p, group) -> dict:
+        """The state of a tensor of this group before its first step."""
+        kind = self._kind_of(group)
         if kind is None:
             return {"step": 0} | {key: torch.zeros_like(p, dtype=torch.float32) for key in MOMENTS}
         blocks = sum(-(-(s.stop - s.start) // kind.BLOCK) for s in self.segments_of(p))
@@ -163,6 +165,4 @@ def adam32_step_(
     v.mul_(betas[1]).addcmul_(grad, grad, value=1.0 - betas[1])
     denominator = (v.sqrt() / math.sqrt(1.0 - betas[1] ** step)).add_(eps)
     wide = torch.addcdiv(wide, m, denominator, value=-lr / (1.0 - betas[0] ** step))
-    if p.dtype == torch.bfloat16 and stochastic:
-        wide = adam8bit.round_stochastically(wide, seed, step, key, offset)
-    p.copy_(wide)
+    adam8bit.store(p, wide, stochastic, seed, step, key, offset)

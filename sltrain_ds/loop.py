@@ -9,7 +9,7 @@ from torch import distributed
 from sltrain_ds import checkpoint
 from sltrain_ds.data.dataset import predicted_tokens
 from sltrain_ds.evaluate import evaluate, with_labels
-from sltrain_ds.memory.measure import bytes_by_category
+from sltrain_ds.memory.meter import Meter
 from sltrain_ds.monitor import Metrics, Progress
 from sltrain_ds.zero.grad_norm import GradNorm
 
@@ -18,11 +18,12 @@ class NonFiniteLoss(RuntimeError):
     """The loss or the gradient norm stopped being a number; the last checkpoint is from before."""
 
 
-def train(engine, run, source, validation, start_step: int = 0, start_tokens: int = 0) -> None:
+def train(engine, run, source, validation, meter: Meter, start_step: int = 0, start_tokens: int = 0) -> None:
     """Train from `start_step` to `run.sltrain.steps`.
 
-    `source` is a `BatchSource`; `validation()` yields evaluation batches anew. A step is the run's global batch:
-    `run.accumulation` micro-batches on each rank. The loss of a step is the mean over all its predicted tokens.
+    `source` is a `BatchSource`; `validation()` yields evaluation batches anew; `meter` watches the engine. A step is
+    the run's global batch: `run.accumulation` micro-batches on each rank. The loss of a step is the mean over all its
+    predicted tokens.
     """
     block, rank, world = run.sltrain, engine.global_rank, run.world_size
     metrics = Metrics(run.run_dir, engine, rank, start_step if start_step else None)
@@ -42,11 +43,11 @@ def train(engine, run, source, validation, start_step: int = 0, start_tokens: in
         torch.manual_seed(hash((block.seed, step, rank)))  # dropout, if any: the same after a resume
         lr = max(group["lr"] for group in engine.optimizer.param_groups)
         batches = [with_labels(source.micro_batch(step, i, rank, world)) for i in range(run.accumulation)]
-        loss = optimizer_step(engine, batches, grad_norm)
+        loss = optimizer_step(engine, batches, grad_norm, meter)
         tokens += run.tokens_per_step
         norm = grad_norm.value()
         seconds = time.perf_counter() - began
-        memory = bytes_by_category(engine)
+        memory = meter.read()
         rate = run.tokens_per_step / seconds
         metrics.log(step + 1, loss=loss, lr=lr, grad_norm=norm, tokens=tokens, tokens_per_second=rate, memory=memory)
         progress.step(loss, rate, memory["peak"])
@@ -64,7 +65,7 @@ def train(engine, run, source, validation, start_step: int = 0, start_tokens: in
     progress.close()
 
 
-def optimizer_step(engine, batches, grad_norm: GradNorm) -> float:
+def optimizer_step(engine, batches, grad_norm: GradNorm, meter: Meter | None = None) -> float:
     """One optimizer step over this rank's micro-batches; returns the mean loss of the global batch's predicted tokens.
 
     Every token weighs the same, however many each micro-batch predicts (masked documents leave some out): each loss is
@@ -74,9 +75,11 @@ def optimizer_step(engine, batches, grad_norm: GradNorm) -> float:
     mean_count = _summed(sum(predicted_tokens(batch) for batch in batches), engine) / parts
     total = 0.0
     for batch in batches:
+        meter and meter.enter("backward")
         moved = {key: value.to(engine.device, non_blocking=True) for key, value in batch.items()}
         loss = engine(**moved, num_items_in_batch=mean_count).loss
         engine.backward(loss)
+        meter and meter.enter("step")
         grad_norm.before_step()
         engine.step()
         total += loss.detach().double()

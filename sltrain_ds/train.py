@@ -37,12 +37,12 @@ def _train(args) -> int:
     # imported here, so that a bad config is told before torch and DeepSpeed have loaded
     import torch
 
-    from sltrain_ds import checkpoint, loop, models
+    from sltrain_ds import checkpoint, loop
     from sltrain_ds.data.dataset import BatchSource, evaluation_batches, open_data
+    from sltrain_ds.engine import make_engine
     from sltrain_ds.files import write_json
     from sltrain_ds.logs import quiet
-    from sltrain_ds.loss import use_chunked_loss
-    from sltrain_ds.zero.initialize import initialize, partitioner
+    from sltrain_ds.memory.table import meter_table
     from sltrain_ds.zero.start import start
 
     quiet()
@@ -53,10 +53,7 @@ def _train(args) -> int:
 
     source, data = BatchSource(run), run.sltrain.data
     held_out = open_data(data.dir, "validation", data.sequence_length)
-    model = models.build(run, device, partitioner(run))
-    if run.sltrain.loss == "chunked":
-        use_chunked_loss(model)
-    engine, *_ = initialize(model=model, config=run)
+    engine, meter, run = make_engine(checkpoint.with_its_modes(run, found), device)
     rank = engine.global_rank
 
     def validation():
@@ -66,15 +63,18 @@ def _train(args) -> int:
     done = checkpoint.resume(engine, run, found) if found else (0, 0)
     if rank == 0:
         write_json(run.run_dir / "config.json", run.to_json())
-        print(_describe(run, model, source.data), flush=True)
+        print(_describe(run, engine.module, source.data), flush=True)
         if done[0] >= run.sltrain.steps:
             print(f"nothing to do: {found} is at step {done[0]} of sltrain.steps {run.sltrain.steps}", flush=True)
     try:
-        loop.train(engine, run, source, validation, *done)
+        loop.train(engine, run, source, validation, meter, *done)
     except loop.NonFiniteLoss as error:
         if rank == 0:
             print(f"sltrain-ds: {error}", file=sys.stderr, flush=True)
         return 1
+    else:
+        if rank == 0:
+            print(meter_table(meter.read(), meter.peaks, run), flush=True)
     finally:
         engine.destroy()
         # else a rank may abort while Python shuts down, its communication threads still running

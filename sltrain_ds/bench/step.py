@@ -21,13 +21,15 @@ from sltrain_ds.config import from_dict
 from sltrain_ds.config.jsonfile import read_json
 from sltrain_ds.config.overrides import apply
 from sltrain_ds.data.dataset import BatchSource
+from sltrain_ds.data.random_tokens import RandomTokens
 from sltrain_ds.errors import UserError
 from sltrain_ds.evaluate import with_labels
 from sltrain_ds.loss import use_chunked_loss
 from sltrain_ds.memory.estimate import estimate
-from sltrain_ds.memory.measure import bytes_by_category
+from sltrain_ds.memory.free import free_bytes
 from sltrain_ds.ops import modes, workspace
 from sltrain_ds.zero.grad_norm import GradNorm
+from sltrain_ds.zero.held import held_bytes
 from sltrain_ds.zero.initialize import initialize, partitioner
 
 METHODS = ("full_rank", "sltrain", "naive")
@@ -106,7 +108,7 @@ class Engine:
             self.step()
             meter.mark()
             self.step()
-        held = bytes_by_category(self.engine)
+        held = held_bytes(self.engine)
         self.facts = {
             "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters()),
             "modes": {} if naive else dict(Counter(modes.chosen(model).values())),  # mode -> layers
@@ -131,18 +133,6 @@ class Engine:
             torch.cuda.empty_cache()
 
 
-class RandomTokens:
-    """Stands in for prepared data."""
-
-    def __init__(self, run):
-        self.shape = (run.micro_batch_size, run.sequence_length)
-        self.vocab_size = run.model_fields["vocab_size"]
-
-    def micro_batch(self, step, micro, rank, world):
-        generator = torch.Generator().manual_seed(1000 * step + micro)
-        return {"input_ids": torch.randint(0, self.vocab_size, self.shape, generator=generator)}
-
-
 def table_rows(case: dict) -> list[list]:
     """A row a method: medians, its speed in the naive one's, its time in full-rank's."""
     rows, found = [], case["methods"]
@@ -160,14 +150,6 @@ def table_rows(case: dict) -> list[list]:
 
 def _label(method, chosen) -> str:
     return f"{method}: {', '.join(f'{mode} {n}' for mode, n in chosen.items())}" if chosen else method
-
-
-def free_bytes(device) -> int:
-    """Memory that can still be had on the device."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
 
 
 def _source(run):

@@ -13,6 +13,7 @@ VERBS = {
     "tokenizer": "tokenizer",
     "data": "data",
     "estimate": "estimate",
+    "rehearse": "rehearse",
     "eval": "eval",
     "export": "export",
     "import": "import_",

@@ -1,5 +1,7 @@
 """The `sltrain` block as types. The descriptions feed the JSON Schema and the tables of the docs."""
 
+import json
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
@@ -206,6 +208,37 @@ class Checkpoint(Block):
     keep: int = Field(3, ge=1, le=STEP_LIMIT, description="the newest so many stay")
 
 
+MODES = ("auto", "compose", "factored", "factored_dense", "keep")
+
+
+def _op_mode(value):
+    by_shape = value if isinstance(value, dict) else {}
+    for shape in by_shape:
+        if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", shape):
+            raise PydanticCustomError("op_shape", 'key "{shape}" must be a shape, "OUTxIN"', {"shape": shape})
+    for mode in by_shape.values() if by_shape else [value]:
+        if mode not in MODES:
+            known = ", ".join(f'"{name}"' for name in MODES)
+            raise PydanticCustomError(
+                "op_mode", 'must be one of {known}, or {{"OUTxIN": mode, ...}}, not {mode}',
+                {"known": known, "mode": json.dumps(mode)},
+            )  # fmt: skip
+    return value
+
+
+_MODE_SCHEMA = {
+    "anyOf": [
+        {"enum": list(MODES)},
+        {
+            "type": "object",
+            "minProperties": 1,
+            "patternProperties": {"^[1-9][0-9]*x[1-9][0-9]*$": {"enum": list(MODES)}},
+            "additionalProperties": False,
+        },
+    ]
+}
+
+
 class SLTrainBlock(Block):
     """Everything sltrain_ds adds to a DeepSpeed config. Relative paths start at the current directory."""
 
@@ -220,8 +253,21 @@ class SLTrainBlock(Block):
         description="what gradient_clipping bounds; with per_layer_update each layer's norm (per_layer), or all by the "
         "global norm of the step before (lagged)",
     )
-    op_mode: Literal["auto", "compose", "factored", "factored_dense", "keep"] = Field(
-        "auto", description="how an SLTrain layer computes; auto: the cheapest for its shape, by a cost model"
+    op_mode: Annotated[Any, BeforeValidator(_op_mode), WithJsonSchema(_MODE_SCHEMA)] = Field(
+        "auto",
+        description='how an SLTrain layer computes, for all or by shape {"OUTxIN": mode}; auto: rank 0 chooses the '
+        "cheapest for each shape by a cost model, and the run keeps that",
+    )
+    op_memory: float | None = Field(
+        None,
+        ge=0,
+        description="GB on each rank that auto may spend on holding weights (keep); null: half of what `sltrain-ds "
+        "estimate` leaves free",
+    )
+    op_constants: str | None = Field(
+        None,
+        min_length=1,
+        description="the cost model's constants, from `sltrain-ds bench op --calibrate`; null: built in",
     )
     deterministic: bool = Field(False, description="only deterministic kernels")
     on_nonfinite: Literal["stop"] = Field("stop", description="at a loss or gradient that is not finite")

@@ -11,8 +11,9 @@ from math import ceil
 from sltrain_ds.errors import UserError
 
 ALIGNMENT = 2  # elements a rank: nccl_start_alignment_factor, stage_1_and_2.py
-EIGHT_BIT_BLOCK = 256  # values under one fp32 absmax, bitsandbytes
-EIGHT_BIT_FLOOR = 4096  # bitsandbytes keeps smaller tensors in 32 bits
+OUR_ALIGNMENT = 256  # zero/aligned.py
+BLOCKS = {"8bit": (256, 1), "4bit": (128, 2)}  # values under one fp32 absmax, codes a byte
+BITSANDBYTES_FLOOR = 4096  # it keeps smaller tensors in 32 bits
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
@@ -25,7 +26,8 @@ class Settings:
     weight: int  # bytes of a weight
     master: int  # bytes of a master
     accumulate: int  # bytes of an accumulated gradient
-    eight_bit: bool
+    states: str  # "32bit", "8bit" or "4bit"
+    ours: bool  # partitions of zero/aligned.py, states of blockwise_adam.py
     accumulation: int
     reduce_bucket: int
     overlap: bool
@@ -63,7 +65,8 @@ class Settings:
             weight=weight,
             master=2 if run.weights in ("bf16", "bf16_stochastic") else 4,
             accumulate=_BYTES[accumulate] if accumulate else weight,
-            eight_bit=run.sltrain.precision.states == "8bit",
+            states=run.sltrain.precision.states,
+            ours=run.sltrain.precision.backend == "ours",
             accumulation=run.accumulation,
             reduce_bucket=number("reduce_bucket_size", 500_000_000),
             overlap=run.zero_stage == 3 if overlap is None else overlap,  # zero/config.py:384
@@ -97,13 +100,18 @@ def held(groups: dict[str, list], s: Settings) -> Held:
     return {0: _stage_0, 1: _stage_1_and_2, 2: _stage_1_and_2, 3: _stage_3}[s.stage](groups, s)
 
 
-def states(numel: int, s: Settings, group: str) -> int:
-    """Both Adam moments of a tensor that is stepped; step counters (4 bytes) and the shared 8-bit maps left out."""
-    if not s.eight_bit:
+def states(numel: int, s: Settings, group: str, pieces: list[int]) -> int:
+    """Both Adam moments of a tensor that is stepped, which holds pieces of parameters of these lengths; step counters
+    (4 bytes) and the shared 8-bit maps left out."""
+    if s.states == "32bit":
         return 2 * numel * s.master
-    if group == "norms" or numel < EIGHT_BIT_FLOOR:
+    if group == "norms" or (not s.ours and numel < BITSANDBYTES_FLOOR):
         return 2 * numel * 4
-    return 2 * (numel + 4 * ceil(numel / EIGHT_BIT_BLOCK))
+    block, per_byte = BLOCKS[s.states]
+    if s.ours:  # every piece begins with a block of its own
+        blocks = sum(ceil(length / block) for length in pieces)
+        return 2 * (blocks * block // per_byte + 4 * blocks)
+    return 2 * (numel + 4 * ceil(numel / block))
 
 
 def _stage_0(groups, s):
@@ -114,7 +122,7 @@ def _stage_0(groups, s):
     return Held(
         weights=total * s.weight,
         masters=total * 4 if mixed else 0,
-        states=sum(states(t.numel, s, group) for t, group in tensors),
+        states=sum(states(t.numel, s, group, [t.numel]) for t, group in tensors),
         gradients=gradients,
         buckets=min(total, 500_000_000) * s.weight,  # the flattened copy that is all-reduced, engine.py:3073
         step=gradients + (total * 4 if mixed else 0),
@@ -150,7 +158,7 @@ def _stage_1_and_2(groups, s):
     return Held(
         weights=sum(flat.values()) * s.weight,
         masters=sum(parts.values()) * s.master,
-        states=sum(states(numel, s, group) for group, numel in parts.items()),
+        states=sum(states(numel, s, group, _pieces(groups[group], numel, s)) for group, numel in parts.items()),
         gradients=owned * rounds + waiting,
         buckets=(bucket * (2 if s.overlap else 1) + filled) * s.weight,  # filled: the flat copy that is all-reduced
         step=owned + max(flat_copy[g] + cast_copy[g] for g in parts),
@@ -159,11 +167,26 @@ def _stage_1_and_2(groups, s):
 
 
 def _flat_numel(tensors, s) -> int:
-    """Elements of a group's flat buffer: each tensor, 16-byte padding between them if asked, the end aligned."""
-    unit = 16 // s.weight if s.parameter_alignment else 1
+    """Elements of a group's flat buffer: each tensor, padding between them if asked, the end aligned."""
+    unit = _unit(s)
     numel = sum(ceil(t.numel / unit) * unit for t in tensors[:-1]) + tensors[-1].numel
-    step = ALIGNMENT * s.world
+    step = (OUR_ALIGNMENT if s.ours else ALIGNMENT) * s.world
     return ceil(numel / step) * step
+
+
+def _unit(s) -> int:
+    """Elements that a parameter's place in a flat buffer is a multiple of."""
+    return OUR_ALIGNMENT if s.ours else 16 // s.weight if s.parameter_alignment else 1
+
+
+def _pieces(tensors, part, s) -> list[int]:
+    """Lengths of the tensors' pieces in the first rank's partition, `part` elements; no rank's are more."""
+    found, offset = [], 0
+    for tensor in tensors:
+        if offset < part:
+            found.append(min(tensor.numel, part - offset))
+        offset += ceil(tensor.numel / _unit(s)) * _unit(s)
+    return found
 
 
 def _owned(groups, parts, s) -> int:
@@ -180,9 +203,22 @@ def _owned(groups, parts, s) -> int:
 
 
 def _stage_3(groups, s):
-    shards = {group: [ceil(t.numel / s.world) for t in tensors] for group, tensors in groups.items()}
+    unit = OUR_ALIGNMENT if s.ours and s.world > 1 else 1
+
+    def shard(numel):
+        return ceil(numel / (unit * s.world)) * unit
+
+    shards = {group: [shard(t.numel) for t in tensors] for group, tensors in groups.items()}
     sharded = sum(map(sum, shards.values()))
-    sub_groups = [(group, numel) for group, sizes in shards.items() for numel in _sub_groups(sizes, s.sub_group)]
+    stepped = [  # group, elements, and the pieces of parameters in them, without padding
+        (
+            group,
+            sum(sizes[span]),
+            [min(t.numel, size) for t, size in zip(groups[group][span], sizes[span], strict=True)],
+        )
+        for group, sizes in shards.items()
+        for span in _sub_groups(sizes, s.sub_group)
+    ]
     tensors = [t for members in groups.values() for t in members]
     total, largest = sum(t.numel for t in tensors), max(t.numel for t in tensors)
     # at world 1 a gathered parameter is its shard (partition_parameters.py, _no_gather_coalesced)
@@ -191,18 +227,18 @@ def _stage_3(groups, s):
         for tensor in tensors:
             if tensor.numel <= s.persistence and persistent + tensor.numel <= s.model_persistence:
                 persistent += tensor.numel
-                persistent_held += ceil(tensor.numel / s.world) * s.world  # gathered with the padding of its shards
+                persistent_held += shard(tensor.numel) * s.world  # gathered with the padding of its shards
         gathered = min(total - persistent, s.max_live, max(s.max_reuse, s.prefetch + 2 * largest))
     reduce_input = min(s.reduce_bucket, total)
     bucket = (s.reduce_bucket if s.contiguous else 0) + reduce_input
     gradients = sharded * s.accumulate
-    biggest = max(numel for _, numel in sub_groups)
+    biggest = max(numel for _, numel, _ in stepped)
     cast_copy = biggest * s.master if s.master != s.accumulate else 0
     held_buckets = (s.reduce_bucket if s.contiguous else 0) * s.weight
     return Held(
         weights=(sharded + persistent_held) * s.weight,
         masters=sharded * s.master,
-        states=sum(states(numel, s, group) for group, numel in sub_groups),
+        states=sum(states(numel, s, group, pieces) for group, numel, pieces in stepped),
         gradients=gradients + largest * s.weight,
         buckets=(bucket + gathered) * s.weight,
         step=held_buckets + gradients + biggest * s.accumulate + cast_copy,
@@ -211,14 +247,13 @@ def _stage_3(groups, s):
     )
 
 
-def _sub_groups(sizes, limit) -> list[int]:
-    """Elements of the pieces a group is stepped in (stage3.py, _create_fp16_sub_groups)."""
+def _sub_groups(sizes, limit) -> list[slice]:
+    """Which of a group's tensors are stepped together (stage3.py, _create_fp16_sub_groups)."""
     if limit >= sum(sizes):
-        return [sum(sizes)]
-    pieces, filled = [], 0
-    for position, size in enumerate(sizes):
-        filled += size
-        if filled >= limit or position == len(sizes) - 1:
-            pieces.append(filled)
-            filled = 0
-    return pieces
+        return [slice(len(sizes))]
+    spans, first = [], 0
+    for position in range(len(sizes)):
+        if sum(sizes[first : position + 1]) >= limit or position == len(sizes) - 1:
+            spans.append(slice(first, position + 1))
+            first = position + 1
+    return spans

@@ -70,7 +70,7 @@ def adam8bit_step_(
     Raises RuntimeError where dtypes, sizes or layouts differ from this.
     """
     arguments = (p, g, m8, v8, absmax_m, absmax_v, tables(p.device), float(lr), betas[0], betas[1], eps, weight_decay)
-    arguments += (decoupled, step, stochastic, _signed(seed), _signed(key), offset, float(grad_scale))
+    arguments += (decoupled, step, stochastic, as_int64(seed), as_int64(key), offset, float(grad_scale))
     if p.device.type == "cpu" and builder.load():
         torch.ops.sltrain.adam8bit_step_(*arguments)
     elif p.device.type == "cuda" and cuda.load():
@@ -93,6 +93,14 @@ def adam8bit_reference(
     cuda.check_adam(p, g, m8, v8, absmax_m, absmax_v, tables, step, offset)
     signed, unsigned = tables[:512].view(torch.float32).split(256)
     m, v = _dequantize(m8, absmax_m, signed), _dequantize(v8, absmax_v, unsigned)
+    wide, m, v = stepped(p, g, m, v, lr, beta1, beta2, eps, weight_decay, decoupled, step, grad_scale)
+    store(p, wide, stochastic, seed, step, key, offset)
+    _quantize_(m8, absmax_m, m, signed)
+    _quantize_(v8, absmax_v, v, unsigned)
+
+
+def stepped(p, g, m, v, lr, beta1, beta2, eps, weight_decay, decoupled, step, grad_scale):
+    """float32 (n,) each: the parameter and the moments after a step, as csrc/adam8bit.h's `adam_update` does it."""
     wide = p.reshape(-1).float()
     grad = g.reshape(-1).float() * grad_scale + wide * (0.0 if decoupled else weight_decay)
     m = m * beta1 + grad * (1.0 - beta1)
@@ -100,31 +108,31 @@ def adam8bit_reference(
     root = v.double().sqrt().float()  # torch's fp32 root is not always the nearest
     denominator = root * (1.0 / math.sqrt(1.0 - beta2**step)) + eps
     decay = 1.0 - lr * weight_decay if decoupled else 1.0
-    wide = wide * decay - (m / denominator) * (lr / (1.0 - beta1**step))
+    return wide * decay - (m / denominator) * (lr / (1.0 - beta1**step)), m, v
+
+
+def store(p, wide, stochastic, seed, step, key, offset) -> None:
+    """Write float32 (n,) into p in its dtype, rounded stochastically where asked."""
     if p.dtype == torch.bfloat16 and stochastic:
-        p.view(-1).copy_(round_stochastically(wide, seed, step, key, offset))
-    else:
-        p.view(-1).copy_(wide)
-    _quantize_(m8, absmax_m, m, signed)
-    _quantize_(v8, absmax_v, v, unsigned)
+        wide = round_stochastically(wide, seed, step, key, offset)
+    p.view(-1).copy_(wide)
 
 
-def dynamic_map(signed: bool) -> np.ndarray:
-    """The 256 float32 values a byte can name, ascending, in [-1, 1] or [0, 1].
+def dynamic_map(signed: bool, decades: int = 7) -> np.ndarray:
+    """The float32 values a code can name, 256 for seven decades, 16 for three; ascending, in [-1, 1] or [0, 1].
 
-    Seven decades; the more leading zero bits, the lower the decade and the fewer bits are left for the fraction: a
-    decade holds the centres of 2^i (signed) or 2^(i+1) (unsigned) equal parts of [0.1, 1], scaled by 10^(i-6), and
-    0 and 1 are added.
+    The more leading zero bits, the lower the decade and the fewer bits are left for the fraction: decade i of d holds
+    the centres of 2^i (signed) or 2^(i+1) (unsigned) equal parts of [0.1, 1], scaled by 10^(i-d+1); 0 and 1 are added.
     """
     values = [np.float32(0), np.float32(1)]
-    for i in range(7):
+    for i in range(decades):
         parts = 2 ** (i if signed else i + 1)
         width = float((np.float32(1) - np.float32(0.1)) / np.float32(parts))
         k = np.arange(parts + 1)
         # from both ends and rounded once, as torch.linspace places them
         edges = np.where(k < (parts + 1) // 2, float(np.float32(0.1)) + width * k, 1.0 - width * (parts - k))
         edges = edges.astype(np.float32)
-        centres = np.float32(10.0 ** (i - 6)) * ((edges[:-1] + edges[1:]) / np.float32(2))
+        centres = np.float32(10.0 ** (i - decades + 1)) * ((edges[:-1] + edges[1:]) / np.float32(2))
         values += [*centres, *(-centres if signed else [])]
     return np.sort(np.array(values, dtype=np.float32))
 
@@ -154,6 +162,22 @@ def _buckets(values: np.ndarray) -> np.ndarray:
 
 def _bounds(values):
     return (values[:-1] + values[1:]) / np.float32(2)
+
+
+def dequantize(codes, absmax, signed: bool):
+    """float32 (n,) from uint8 (n,) codes of a first (``signed``) or second moment and float32 (ceil(n / 256),)."""
+    return _dequantize(codes, absmax, _map(signed, codes.device))
+
+
+def quantize(x, signed: bool, absmax):
+    """The uint8 (n,) codes of float32 (n,), whose blocks' absmax is written into ``absmax``."""
+    codes = torch.empty_like(x, dtype=torch.uint8)
+    _quantize_(codes, absmax, x, _map(signed, x.device))
+    return codes
+
+
+def _map(signed, device):
+    return tables(device)[:512].view(torch.float32).split(256)[0 if signed else 1]
 
 
 def _dequantize(codes, absmax, values):
@@ -209,6 +233,6 @@ def _mix64(z):
     return z ^ (z >> 31)
 
 
-def _signed(word):
+def as_int64(word):
     word &= _MASK64
     return word - (1 << 64) if word >> 63 else word

@@ -36,6 +36,8 @@ def live(deepspeed, case):
 
     from sltrain_ds import methods
     from sltrain_ds.optim import build_optimizer
+    from sltrain_ds.zero.aligned import partition_aligned
+    from sltrain_ds.zero.engine_swap import zero_classes
 
     torch.manual_seed(0)
     method = SimpleNamespace(**case["method"], lr_scale=SimpleNamespace())
@@ -48,7 +50,11 @@ def live(deepspeed, case):
         model = model.to(torch.bfloat16)
     run = SimpleNamespace(
         deepspeed={"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}},
-        sltrain=SimpleNamespace(method=method, precision=SimpleNamespace(states=case["states"], backend="auto")),
+        sltrain=SimpleNamespace(
+            method=method,
+            seed=0,
+            precision=SimpleNamespace(states=case["states"], backend=case["backend"], weights=case["weights"]),
+        ),
     )
     config = {
         "train_micro_batch_size_per_gpu": 1,
@@ -61,7 +67,11 @@ def live(deepspeed, case):
         config["bf16"] |= {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
     forget_other_optimizers()
     optimizer = build_optimizer(model, run)
-    engine, *_ = deepspeed.initialize(model=model, config=config, optimizer=optimizer)
+    ours = case["backend"] == "ours"
+    if ours and case["stage"] == 3:
+        partition_aligned(model, config, torch.bfloat16 if bf16 else torch.float32)
+    with zero_classes(aligned=ours, clipping=None):
+        engine, *_ = deepspeed.initialize(model=model, config=config, optimizer=optimizer)
     ids = torch.arange(16).view(1, 16) % 32
     engine.backward(engine(input_ids=ids, labels=ids).loss)
     engine.step()

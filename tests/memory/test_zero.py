@@ -20,7 +20,7 @@ TARGETS = ["self_attn", "mlp"]
 GRID = [
     {"stage": stage, "weights": weights, "states": states, "method": SLTRAIN}
     for stage, weights in [(0, "fp32"), *[(s, w) for s in (1, 2, 3) for w in ("fp32", "fp32_master", "bf16")]]
-    for states in ("32bit", "8bit")
+    for states in ("32bit", "8bit", "4bit")
 ]
 OTHERS = [
     {"stage": 2, "weights": "bf16", "states": "8bit", "method": FULL_RANK},
@@ -28,6 +28,9 @@ OTHERS = [
     {"stage": 3, "weights": "fp32_master", "states": "32bit", "method": SLTRAIN,
      "zero": {"stage3_param_persistence_threshold": 400, "sub_group_size": 3000}},
     {"stage": 2, "weights": "fp32_master", "states": "32bit", "method": SLTRAIN, "zero": {"parameter_alignment": True}},
+    {"stage": 2, "weights": "bf16", "states": "8bit", "method": SLTRAIN, "backend": "bitsandbytes"},
+    {"stage": 3, "weights": "bf16", "states": "8bit", "method": SLTRAIN, "backend": "bitsandbytes"},
+    {"stage": 3, "weights": "bf16", "states": "4bit", "method": FULL_RANK, "zero": {"sub_group_size": 3000}},
 ]  # fmt: skip
 
 
@@ -41,13 +44,13 @@ def run_like(case, world):
         weights=case["weights"],
         accumulation=1,
         world_size=world,
-        sltrain=SimpleNamespace(precision=SimpleNamespace(states=case["states"])),
+        sltrain=SimpleNamespace(precision=SimpleNamespace(states=case["states"], backend=case["backend"])),
     )
 
 
-@pytest.mark.parametrize(("world", "chosen"), [(1, GRID[::3]), (2, GRID), (8, OTHERS)])
+@pytest.mark.parametrize(("world", "chosen"), [(1, GRID[::4]), (2, GRID), (8, OTHERS)])
 def test_bytes_of_a_live_engine(world, chosen):
-    cases = [{**case, "model": MODEL} for case in chosen]
+    cases = [{"backend": "torch" if case["states"] == "32bit" else "ours", **case, "model": MODEL} for case in chosen]
     script = Path(__file__).with_name("live_engine.py")
     done = subprocess.run(
         [sys.executable, str(script)], input=json.dumps([world, cases]), capture_output=True, text=True, timeout=300
