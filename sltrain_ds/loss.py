@@ -49,8 +49,8 @@ def chunk_tokens(vocabulary: int) -> int:
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """hidden (n, h), weight (vocabulary, h), targets (n,) int64 -> the sum of -log softmax(hidden weight^T)[target] over
-    the targets that are not IGNORED, fp32 (). Saved: hidden and weight.
+    """hidden (n, h), weight (vocabulary, h), targets (n,) int64 -> the sum over the targets that are not IGNORED of
+    -log softmax(hidden weight^T)[target], fp32 (). Saved: hidden and weight.
     """
 
     @staticmethod
