@@ -1,4 +1,4 @@
-"""`sltrain-ds bench op|step|adam8bit`: side by side in one run, medians and ratios."""
+"""`sltrain-ds bench op|step|adam8bit|memory`: side by side in one run, medians and ratios."""
 
 import os
 from pathlib import Path
@@ -8,7 +8,7 @@ from sltrain_ds.errors import UserError
 
 def add_parser(subparsers):
     parser = subparsers.add_parser("bench", help="measure side by side: the operator, whole steps, the 8-bit optimizer")
-    benches = parser.add_subparsers(dest="bench", required=True, metavar="op|step|adam8bit")
+    benches = parser.add_subparsers(dest="bench", required=True, metavar="op|step|adam8bit|memory")
 
     op = benches.add_parser("op", help="one layer: dense, naive and every mode, forward and backward")
     op.add_argument("--shapes", default="60m,130m,350m,1b,7b", help="presets or OUTxIN:rRANK[:dDENSITY]")
@@ -30,6 +30,13 @@ def add_parser(subparsers):
     adam.add_argument("--numel", default="1048576,16777216,45088768", help="elements (default %(default)s)")
     adam.add_argument("--dtypes", default="fp32,bf16", help="of parameter and gradient (default %(default)s)")
     _common(adam)
+
+    memory = benches.add_parser("memory", help="real steps: the peak against the estimate and the paper's figure")
+    memory.add_argument("--config", default="ds_configs/llama_350m_per_layer.json", metavar="CONFIG")
+    memory.add_argument("--steps", dest="pairs", type=int, default=2, metavar="N", help="optimizer steps of a row")
+    memory.add_argument("--rows", choices=("all", "own"), default="all", help="own: run the recipe, estimate the rest")
+    memory.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the file")
+    _where(memory)
     return parser
 
 
@@ -51,7 +58,7 @@ def run(args) -> int:
     device = _device(args)
     if device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # read when DeepSpeed is imported
-    return {"op": _op, "step": _step, "adam8bit": _adam8bit}[args.bench](args, device) or 0
+    return {"op": _op, "step": _step, "adam8bit": _adam8bit, "memory": _memory}[args.bench](args, device) or 0
 
 
 def _op(args, device):
@@ -96,6 +103,14 @@ def _adam8bit(args, device):
     quiet()
     numels = _numbers("--numel", args.numel)
     adam8bit.bench(numels, _names("--dtypes", args.dtypes, DTYPES), device, args.pairs, args.seconds, args.out)
+
+
+def _memory(args, device):
+    from sltrain_ds.bench import memory
+    from sltrain_ds.logs import quiet
+
+    quiet()
+    memory.bench(args.config, args.set, args.pairs, device, args.rows, args.out)
 
 
 def _device(args) -> str:
