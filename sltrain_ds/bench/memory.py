@@ -1,7 +1,7 @@
 """Where the memory of a run goes: real steps in fresh processes against the estimate and the paper's figure.
 
 A waterfall first: the recipe with all its savings taken away, then one given back a row, down to the recipe itself.
-Then the same savings for the methods of the paper's Figure 3. A row is *run* where it fits the device, else *estimated*.
+Then the same savings for the methods of the paper's Figure 3. A row is *run* where it fits, else *estimated*.
 """
 
 import copy
