@@ -9,7 +9,6 @@ A case passes only if a second engine also resumes from the checkpoint through `
 import gc
 import json
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 
 import deepspeed
@@ -18,7 +17,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from sltrain_ds.blockwise_adam import BlockwiseAdam
-from sltrain_ds.zero.aligned import aligned_engine, partition_aligned
+from sltrain_ds.zero.aligned import partition_aligned
+from sltrain_ds.zero.engine_swap import zero_classes
 from sltrain_ds.zero.safe_load import safe_checkpoint_engine
 
 TAG = "step_00000003"
@@ -89,7 +89,7 @@ def start(stage, precision, kind):
             partition_aligned(model, config, torch.float32 if precision == "fp32" else torch.bfloat16)
     else:
         optimizer = torch.optim.AdamW(groups, lr=1e-2, fused=True)
-    with aligned_engine() if kind == "blockwise" else nullcontext():
+    with zero_classes(aligned=kind == "blockwise", clipping=None):
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     return engine
 
