@@ -48,6 +48,8 @@ def initialize(
             args=args, model=model, optimizer=optimizer, model_parameters=model_parameters,
             training_data=training_data, lr_scheduler=lr_scheduler, config=config, **rest,
         )  # fmt: skip
+    if clipping is not None and deepspeed.comm.get_rank() == 0:
+        print(result[1].describe())
     check_supports_agree(model, result[0].device)
     return result
 
