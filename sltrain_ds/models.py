@@ -134,6 +134,7 @@ def _check_method(path: Path, block) -> None:
 def _fit_for_training(model, run) -> None:
     model.config.use_cache = False
     model.train()
+    model.set_attn_implementation(run.sltrain.model.attention)
     modes.set_op_mode(model, run.sltrain.op_mode)
     kind = run.sltrain.model.activation_checkpointing
     if kind != "none":

@@ -66,6 +66,11 @@ class Model(Block):
     activation_checkpointing: Literal["none", "reentrant", "non_reentrant"] = Field(
         "none", description="recompute each transformer block in the backward pass"
     )
+    attention: Literal["sdpa", "eager"] = Field(
+        "sdpa",
+        description="PyTorch's fused attention, or its formula; the formula holds all attention weights, and is faster "
+        "on a CPU in bf16 for sequences of some hundred tokens",
+    )
 
     @model_validator(mode="after")
     def _one_source(self):

@@ -1,4 +1,4 @@
-"""Activation memory of a transformers LLaMA with SDPA: what one micro-batch keeps for the backward pass, in bytes.
+"""Activation memory of a transformers LLaMA: what one micro-batch keeps for the backward pass, in bytes.
 
 A model, not a count. The terms are the tensors autograd saves in modeling_llama.py of transformers 5.23 (a test holds
 them against saved-tensor hooks); what kernels allocate for themselves comes on top. T tokens of the micro-batch,
@@ -6,6 +6,7 @@ h hidden, f intermediate, q and k the widths of queries and keys, a heads, V voc
 
     norm        4 T h (its input in fp32) + c T h (normalised) + 4 T (1 / rms)
     attention   c T h (the normed input) + c T (q + 2 k) + c T q (output) + 4 T a (log-sum-exp)
+                eager, S tokens a sequence: not the log-sum-exp, its weights: 4 T a S (and c T a S where c is not 4)
     MLP         c T h (the normed input) + 4 c T f (gate, silu(gate), up, their product)
     block       2 norms + attention + MLP, and c T r for each x A^T that a method keeps
     head        norm + c T h + 12 T V (fp32: log-probabilities, their gradient, the logits' gradient)
@@ -32,7 +33,8 @@ def block(model: Model, tokens: int, compute: int) -> int:
     """What one transformer block saves."""
     s = model.shape
     q, k = s.heads * s.head_dim, s.kv_heads * s.head_dim
-    attention = compute * tokens * (s.hidden + q + 2 * k + q) + 4 * tokens * s.heads
+    of_a_score = model.scores * (4 + compute * (compute != 4)) if model.scores else 4
+    attention = compute * tokens * (s.hidden + q + 2 * k + q) + of_a_score * tokens * s.heads
     mlp = compute * tokens * (s.hidden + 4 * s.intermediate)
     return 2 * _norm(s, tokens, compute) + attention + mlp + compute * tokens * model.kept_width // s.layers
 

@@ -154,8 +154,9 @@ class Model:
     supports: tuple[Support, ...]
     workspace: int  # elements of the largest W that is composed
     kept_width: int  # summed over the layers: what their forward saves beside x, in elements a token
-    factor_width: int = 0  # the same for x A^T, which composing layers save in the factored modes alone
-    composed: int = 0  # elements of all W that are composed: what the mode "keep" holds
+    composing: tuple["Linear", ...] = ()  # the layers that compute by an op_mode
+    rank: int = 0  # of theirs
+    scores: int = 0  # sequence length where attention saves its weights (eager), else 0
 
     @property
     def parameters(self) -> int:
@@ -186,15 +187,16 @@ def count(shape: Shape, method=None) -> Model:
     counted.add("model.norm.weight", (shape.hidden,), "norms")
     if not shape.tied:
         counted.add_linear(Linear("lm_head", shape.vocab, shape.hidden))
+    rank = method.rank if counted.composing else 0
     return Model(shape, tuple(counted.tensors), tuple(counted.supports), counted.workspace, counted.kept_width,
-                 counted.factor_width, counted.composed)  # fmt: skip
+                 tuple(counted.composing), rank)  # fmt: skip
 
 
 class _Counter:
     def __init__(self, replacement: Replacement | None, method):
         self.replacement, self.method = replacement, method
         self.tensors, self.supports, self.workspace, self.kept_width = [], [], 0, 0
-        self.factor_width = self.composed = 0
+        self.composing = []
 
     def add(self, name, shape, group):
         self.tensors.append(Tensor(name, shape, group))
@@ -211,8 +213,7 @@ class _Counter:
             self.kept_width += self.replacement.kept_width(self.method)
             if self.replacement.composes:
                 self.workspace = max(self.workspace, linear.numel)
-                self.composed += linear.numel
-                self.factor_width += self.method.rank
+                self.composing.append(linear)
         if linear.bias:
             self.add(linear.name + ".bias", (out,), "norms")
 

@@ -79,7 +79,7 @@ def _one(run, gpus: int, model: Model) -> Estimate:
     groups = model.by_group()
     tokens = run.micro_batch_size * block.data.sequence_length
     checkpointing, chunked = block.model.activation_checkpointing != "none", block.loss == "chunked"
-    model = _in_mode(model, block.op_mode)
+    model = _in_mode(model, block)
     if block.per_layer_update:
         on_gpu, active = held_per_layer(model, settings, tokens, checkpointing, chunked)
     else:
@@ -105,18 +105,22 @@ def _one(run, gpus: int, model: Model) -> Estimate:
     return Estimate(gpus, run.zero_stage, tokens, parameters, sizes, moments)
 
 
-def _in_mode(model: Model, op_mode: str) -> Model:
-    """The factored modes save x A^T beside x; "auto" may choose them."""
-    if op_mode in ("factored", "factored_dense", "auto"):
-        return replace(model, kept_width=model.kept_width + model.factor_width)
-    return model
+def _in_mode(model: Model, block) -> Model:
+    """The factored modes save x A^T beside x ("auto" may choose them); eager attention saves its weights."""
+    factored = sum(_mode(linear, block.op_mode) in ("factored", "factored_dense", "auto") for linear in model.composing)
+    scores = block.data.sequence_length if block.model.attention == "eager" else 0
+    return replace(model, kept_width=model.kept_width + factored * model.rank, scores=scores)
 
 
-def _kept_weights(model: Model, op_mode: str, checkpointing: bool) -> int:
-    """Elements of the W that "keep" holds from forward to backward."""
-    if op_mode != "keep":
-        return 0
-    return model.composed // model.shape.layers if checkpointing else model.composed
+def _kept_weights(model: Model, op_mode, checkpointing: bool) -> int:
+    """Elements of W that "keep" holds from forward to backward, and "keep_step", with the sum of dW, over a step."""
+    keep = sum(linear.numel for linear in model.composing if _mode(linear, op_mode) == "keep")
+    over_the_step = sum(linear.numel for linear in model.composing if _mode(linear, op_mode) == "keep_step")
+    return (keep // model.shape.layers if checkpointing else keep) + 2 * over_the_step
+
+
+def _mode(linear, op_mode) -> str:
+    return op_mode.get(f"{linear.out_features}x{linear.in_features}", "auto") if isinstance(op_mode, dict) else op_mode
 
 
 def _recipe(block) -> tuple[int | None, float | None]:

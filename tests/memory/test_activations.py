@@ -1,5 +1,7 @@
 """The formula of memory/activations.py against the tensors autograd really saves."""
 
+from dataclasses import replace
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -39,14 +41,16 @@ def saved_bytes(model, ids):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_formula_matches_saved_tensors(name, dtype, checkpointing):
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_formula_matches_saved_tensors(name, dtype, checkpointing, attention):
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**FIELDS, use_cache=False, attn_implementation="sdpa"))
+    model = LlamaForCausalLM(LlamaConfig(**FIELDS, use_cache=False, attn_implementation=attention))
     model = methods.convert(model, METHODS[name]).to(dtype).train()
     modes.set_op_mode(model, "compose")  # which is what the formula counts
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     counted = count(Shape.of(FIELDS), type("Block", (), {**getattr(METHODS[name], "__dict__", {}), "name": name})())
+    counted = replace(counted, scores=LENGTH if attention == "eager" else 0)
     tokens, compute = BATCH * LENGTH, dtype.itemsize
     a_layer = compute * tokens * FIELDS["hidden_size"] if checkpointing else block(counted, tokens, compute)
     # one T x V array is saved; two more come into being in the backward pass
