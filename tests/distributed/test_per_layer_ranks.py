@@ -14,6 +14,7 @@ PRECISIONS = {
     "master": {"bf16": {"enabled": True}},
     "bf16": {"bf16": {"enabled": True}, "sltrain__precision": {"weights": "bf16"}},
     "8bit": {"bf16": {"enabled": True}, "sltrain__precision": {"states": "8bit", "weights": "bf16_stochastic"}},
+    "4bit": {"bf16": {"enabled": True}, "sltrain__precision": {"states": "4bit", "weights": "bf16"}},
     "fp32-8bit": {"sltrain__precision": {"states": "8bit"}},
 }
 
