@@ -2,6 +2,7 @@
 
 from sltrain_ds import models
 from sltrain_ds.loss import use_chunked_loss
+from sltrain_ds.memory.malloc import give_back_large_blocks
 from sltrain_ds.memory.meter import Meter
 from sltrain_ds.zero.agree_on_modes import agree_on_modes
 from sltrain_ds.zero.initialize import initialize, partitioner
@@ -12,6 +13,8 @@ def make_engine(run, device):
 
     The meter runs from before the model.
     """
+    if run.sltrain.per_layer_update:  # memory is the point
+        give_back_large_blocks()
     meter = Meter(device)
     model = models.build(run, device, partitioner(run))
     if run.sltrain.loss == "chunked":

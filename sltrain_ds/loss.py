@@ -4,35 +4,96 @@ import types
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from sltrain_ds.data.dataset import IGNORED
 
-CHUNK_BYTES = 32 << 20  # fp32 logits alive at once
+CHUNK_BYTES = 16 << 20  # of fp32 logits; half as much in the weights' dtype lives beside them
 
 
 def use_chunked_loss(model) -> None:
-    """Make `model(..., labels=)` compute its loss without the logits of all tokens in fp32 at once.
+    """Make `model(..., labels=)` compute its loss without the logits of all tokens at once, forward or backward.
 
-    `model` is a `transformers` causal LM. A chunk holds CHUNK_BYTES of fp32 logits and is recomputed in backward.
-    The call and the value stay those of transformers' own loss; logits are returned only where no labels are given.
+    `model` is a `transformers` causal LM. A chunk has at most CHUNK_BYTES of fp32 logits and is computed again in the
+    backward pass, where the head's gradient grows in one buffer. The call and the value stay those of transformers'
+    own loss; logits are returned only where no labels are given.
     """
-    whole = model.forward
+    whole, head = model.forward, model.get_output_embeddings()
+    plain = type(head) is nn.Linear and head.bias is None
+    if plain:
+        linear = head.forward
+
+        # inside the head's own forward: there ZeRO-3 has its weight gathered, and again before its backward
+        def head_forward(self, hidden, targets=None):
+            return linear(hidden) if targets is None else _ChunkedCrossEntropy.apply(hidden, self.weight, targets)
+
+        head.forward = types.MethodType(head_forward, head)
 
     def forward(self, input_ids=None, labels=None, num_items_in_batch=None, **inputs):
         if labels is None:
             return whole(input_ids=input_ids, **inputs)
-        hidden = self.get_decoder()(input_ids=input_ids, **inputs).last_hidden_state
-        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
-        tokens = max(1, CHUNK_BYTES // (4 * self.config.vocab_size))
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        for part, target in zip(hidden.flatten(0, 1).split(tokens), targets.flatten().split(tokens), strict=True):
-            total = total + checkpoint(_chunk_loss, self.get_output_embeddings(), part, target, use_reentrant=False)
+        hidden = self.get_decoder()(input_ids=input_ids, **inputs).last_hidden_state.flatten(0, 1)
+        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
+        total = self.get_output_embeddings()(hidden, targets) if plain else _by_checkpoints(self, hidden, targets)
         count = (targets != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
         return CausalLMOutputWithPast(loss=total / count)
 
     model.forward = types.MethodType(forward, model)
+
+
+def chunk_tokens(vocabulary: int) -> int:
+    """Tokens of a chunk."""
+    return max(1, CHUNK_BYTES // (4 * vocabulary))
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """hidden (n, h), weight (vocabulary, h), targets (n,) int64 -> the sum over the targets that are not IGNORED of
+    -log softmax(hidden weight^T)[target], fp32 (). Saved: hidden and weight.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets):
+        ctx.save_for_backward(hidden, weight, targets)
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        tokens = chunk_tokens(len(weight))
+        for part, target in zip(hidden.split(tokens), targets.split(tokens), strict=True):
+            total += F.cross_entropy((part @ weight.t()).float(), target, ignore_index=IGNORED, reduction="sum")
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        hidden, weight, targets = ctx.saved_tensors
+        need_hidden, need_weight, _ = ctx.needs_input_grad
+        d_hidden = torch.empty_like(hidden) if need_hidden else None
+        d_weight = None
+        tokens = chunk_tokens(len(weight))
+        for start in range(0, len(hidden), tokens):
+            part, target = hidden[start : start + tokens], targets[start : start + tokens]
+            wide = (part @ weight.t()).float()
+            torch.softmax(wide, -1, out=wide)
+            kept = target != IGNORED
+            wide[torch.arange(len(target), device=target.device), target.where(kept, 0)] -= 1.0
+            d_logits = wide.mul_((grad * kept).unsqueeze(1)).to(weight.dtype)
+            del wide
+            if need_hidden:
+                torch.mm(d_logits, weight, out=d_hidden[start : start + tokens])
+            if need_weight and d_weight is None:
+                d_weight = d_logits.t() @ part
+            elif need_weight:
+                d_weight.addmm_(d_logits.t(), part)
+        return d_hidden, d_weight, None
+
+
+def _by_checkpoints(model, hidden, targets):
+    """The same for any head, in chunks that are recomputed; its gradient takes two buffers."""
+    tokens, head = chunk_tokens(model.config.vocab_size), model.get_output_embeddings()
+    total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+    for part, target in zip(hidden.split(tokens), targets.split(tokens), strict=True):
+        total = total + checkpoint(_chunk_loss, head, part, target, use_reentrant=False)
+    return total
 
 
 def _chunk_loss(head, hidden, targets):

@@ -55,6 +55,7 @@ def calibrate(device="cpu", dtypes=tuple(DTYPES), grid=None, rounds=7, seconds=1
             constants |= {f"{place}.{mode}.{term}": value for term, value in found.items()}
         print(place, _quality(sizes, times, DTYPES[dtype], device.type, constants), sep=": ", flush=True)
     built_in = json.loads(modes.FILE.read_text(encoding="utf-8"))
+    where.pop("command")  # it may name a place of this machine, and the file travels
     measured = {**built_in["measured"], device.type: where}
     return {"format": 1, "measured": measured, "constants": {**built_in["constants"], **constants}}
 

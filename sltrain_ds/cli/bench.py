@@ -1,4 +1,4 @@
-"""`sltrain-ds bench op|step|adam8bit|support`: side by side in one run, medians and ratios."""
+"""`sltrain-ds bench op|step|adam8bit|support|memory`: side by side in one run, medians and ratios."""
 
 import os
 from pathlib import Path
@@ -10,7 +10,7 @@ SHAPES, TOKENS = "60m,130m,350m,1b,7b", "256,1024,8192"  # of bench op
 
 def add_parser(subparsers):
     parser = subparsers.add_parser("bench", help="measure side by side: the operator, whole steps, the 8-bit optimizer")
-    benches = parser.add_subparsers(dest="bench", required=True, metavar="op|step|adam8bit|support")
+    benches = parser.add_subparsers(dest="bench", required=True, metavar="op|step|adam8bit|support|memory")
 
     op = benches.add_parser("op", help="one layer: dense, naive and every mode, forward and backward")
     op.add_argument("--shapes", help=f"presets or OUTxIN:rRANK[:dDENSITY] (default {SHAPES})")
@@ -43,6 +43,13 @@ def add_parser(subparsers):
     support.add_argument("--dtypes", default="fp32,bf16", help="of W and the values (default %(default)s)")
     support.add_argument("--model", help="instead: draw all supports of this preset, such as 7b, on the CPU")
     _common(support)
+
+    memory = benches.add_parser("memory", help="real steps: the peak against the estimate and the paper's figure")
+    memory.add_argument("--config", default="ds_configs/llama_350m_per_layer.json", metavar="CONFIG")
+    memory.add_argument("--steps", dest="pairs", type=int, default=2, metavar="N", help="optimizer steps of a row")
+    memory.add_argument("--rows", choices=("all", "own"), default="all", help="own: run the recipe, estimate the rest")
+    memory.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the file")
+    _where(memory)
     return parser
 
 
@@ -64,12 +71,13 @@ def run(args) -> int:
     device = _device(args)
     if device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # read when DeepSpeed is imported
-    return {"op": _op, "step": _step, "adam8bit": _adam8bit, "support": _support}[args.bench](args, device) or 0
+    benches = {"op": _op, "step": _step, "adam8bit": _adam8bit, "support": _support, "memory": _memory}
+    return benches[args.bench](args, device) or 0
 
 
 def _op(args, device):
     from sltrain_ds.bench import op
-    from sltrain_ds.ops.modes import CHOICES
+    from sltrain_ds.ops.modes import MODES
 
     if args.calibrate:
         return _calibrate(args, device)
@@ -77,7 +85,7 @@ def _op(args, device):
         op.parse_shapes(args.shapes or SHAPES, args.density),
         _numbers("--tokens", args.tokens or TOKENS),
         _names("--dtypes", args.dtypes, op.DTYPES),
-        _names("--modes", args.modes, CHOICES) if args.modes else CHOICES,
+        _names("--modes", args.modes, ("auto", *MODES)) if args.modes else ("auto", *MODES),
         device, args.pairs, args.seconds, args.out,
     )  # fmt: skip
 
@@ -123,6 +131,14 @@ def _support(args, device):
         return
     dtypes = _names("--dtypes", args.dtypes, op.DTYPES)
     support.bench(op.parse_shapes(args.shapes, args.density), dtypes, device, args.pairs, args.seconds, args.out)
+
+
+def _memory(args, device):
+    from sltrain_ds.bench import memory
+    from sltrain_ds.logs import quiet
+
+    quiet()
+    memory.bench(args.config, args.set, args.pairs, device, args.rows, args.out)
 
 
 def _device(args) -> str:

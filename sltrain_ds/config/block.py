@@ -1,12 +1,12 @@
 """The `sltrain` block as types. The descriptions feed the JSON Schema and the tables of the docs."""
 
-import json
-import re
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
+from .op_mode import SCHEMA as OP_MODE_SCHEMA
+from .op_mode import check_op_mode
 from .presets import PRESETS
 from .tree import INT64, SIZE_LIMIT, STEP_LIMIT
 
@@ -208,37 +208,6 @@ class Checkpoint(Block):
     keep: int = Field(3, ge=1, le=STEP_LIMIT, description="the newest so many stay")
 
 
-MODES = ("auto", "compose", "factored", "factored_dense", "keep")
-
-
-def _op_mode(value):
-    by_shape = value if isinstance(value, dict) else {}
-    for shape in by_shape:
-        if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", shape):
-            raise PydanticCustomError("op_shape", 'key "{shape}" must be a shape, "OUTxIN"', {"shape": shape})
-    for mode in by_shape.values() if by_shape else [value]:
-        if mode not in MODES:
-            known = ", ".join(f'"{name}"' for name in MODES)
-            raise PydanticCustomError(
-                "op_mode", 'must be one of {known}, or {{"OUTxIN": mode, ...}}, not {mode}',
-                {"known": known, "mode": json.dumps(mode)},
-            )  # fmt: skip
-    return value
-
-
-_MODE_SCHEMA = {
-    "anyOf": [
-        {"enum": list(MODES)},
-        {
-            "type": "object",
-            "minProperties": 1,
-            "patternProperties": {"^[1-9][0-9]*x[1-9][0-9]*$": {"enum": list(MODES)}},
-            "additionalProperties": False,
-        },
-    ]
-}
-
-
 class SLTrainBlock(Block):
     """Everything sltrain_ds adds to a DeepSpeed config. Relative paths start at the current directory."""
 
@@ -253,7 +222,7 @@ class SLTrainBlock(Block):
         description="what gradient_clipping bounds; with per_layer_update each layer's norm (per_layer), or all by the "
         "global norm of the step before (lagged)",
     )
-    op_mode: Annotated[Any, BeforeValidator(_op_mode), WithJsonSchema(_MODE_SCHEMA)] = Field(
+    op_mode: Annotated[Any, BeforeValidator(check_op_mode), WithJsonSchema(OP_MODE_SCHEMA)] = Field(
         "auto",
         description='how an SLTrain layer computes, for all or by shape {"OUTxIN": mode}; auto: rank 0 chooses the '
         "cheapest for each shape by a cost model, and the run keeps that",
@@ -261,8 +230,8 @@ class SLTrainBlock(Block):
     op_memory: float | None = Field(
         None,
         ge=0,
-        description="GB on each rank that auto may spend on holding weights (keep); null: half of what `sltrain-ds "
-        "estimate` leaves free",
+        description="GB on each rank that auto may spend on holding weights (keep, keep_step); null: half of what "
+        "`sltrain-ds estimate` leaves free, 0 with per_layer_update",
     )
     op_constants: str | None = Field(
         None,

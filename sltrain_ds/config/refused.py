@@ -220,6 +220,11 @@ def _per_layer(data, zero, stage, block):
             "sltrain.per_layer_update true, since the whole gradient never exists at once; set clipping "
             '"lagged" or "per_layer", or gradient_clipping 0.0'
         )
+    if "keep_step" in ([block.op_mode] if isinstance(block.op_mode, str) else block.op_mode.values()):
+        yield (
+            'sltrain.op_mode: "keep_step" holds the gradient of every W, which sltrain.per_layer_update true is to '
+            'avoid; set "keep", "factored" or "auto"'
+        )
     if data.get("prescale_gradients") or data.get("gradient_predivide_factor", 1.0) != 1.0:
         key = "prescale_gradients" if data.get("prescale_gradients") else "gradient_predivide_factor"
         yield f"{key}: is not supported with sltrain.per_layer_update true; remove it"

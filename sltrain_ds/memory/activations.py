@@ -9,20 +9,20 @@ h hidden, f intermediate, q and k the widths of queries and keys, a heads, V voc
     MLP         c T h (the normed input) + 4 c T f (gate, silu(gate), up, their product)
     block       2 norms + attention + MLP, and c T r for each x A^T that a method keeps
     head        norm + c T h + 12 T V (fp32: log-probabilities, their gradient, the logits' gradient)
-                chunked loss: the V term for the tokens of one chunk
+                chunked loss: 8 V (and c V where c is not 4) times the tokens of one chunk
     all         layers x block + head; with checkpointing layers x c T h + max(block, head)
 """
 
 from sltrain_ds.memory.count import Model, Shape
 
-CHUNK_BYTES = 32 << 20  # fp32 logits alive at once, as in loss.py
+CHUNK_BYTES = 16 << 20  # of fp32 logits, as in loss.py
 
 
 def activations(model: Model, tokens: int, compute: int, checkpointing: bool, chunked: bool) -> int:
     """Bytes at the start of the backward pass of `tokens` tokens; `compute`: bytes an element."""
     s = model.shape
     one = block(model, tokens, compute)
-    last = head(s, tokens, compute) + 12 * s.vocab * (chunk_tokens(s.vocab, tokens) if chunked else tokens)
+    last = head(s, tokens, compute) + loss(s, tokens, compute, chunked)
     if checkpointing:
         return s.layers * compute * tokens * s.hidden + max(one, last)
     return s.layers * one + last
@@ -40,6 +40,13 @@ def block(model: Model, tokens: int, compute: int) -> int:
 def head(s: Shape, tokens: int, compute: int) -> int:
     """The last norm and the head's input; the T x V arrays come on top."""
     return _norm(s, tokens, compute) + compute * tokens * s.hidden
+
+
+def loss(s: Shape, tokens: int, compute: int, chunked: bool) -> int:
+    """The arrays over the vocabulary. A chunk has the logits, in fp32 too where they are not, and log-probabilities."""
+    if chunked:
+        return (8 + compute * (compute != 4)) * s.vocab * chunk_tokens(s.vocab, tokens)
+    return 12 * s.vocab * tokens
 
 
 def chunk_tokens(vocab: int, tokens: int) -> int:

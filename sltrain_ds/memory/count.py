@@ -154,6 +154,8 @@ class Model:
     supports: tuple[Support, ...]
     workspace: int  # elements of the largest W that is composed
     kept_width: int  # summed over the layers: what their forward saves beside x, in elements a token
+    factor_width: int = 0  # the same for x A^T, which composing layers save in the factored modes alone
+    composed: int = 0  # elements of all W that are composed: what the mode "keep" holds
 
     @property
     def parameters(self) -> int:
@@ -184,13 +186,15 @@ def count(shape: Shape, method=None) -> Model:
     counted.add("model.norm.weight", (shape.hidden,), "norms")
     if not shape.tied:
         counted.add_linear(Linear("lm_head", shape.vocab, shape.hidden))
-    return Model(shape, tuple(counted.tensors), tuple(counted.supports), counted.workspace, counted.kept_width)
+    return Model(shape, tuple(counted.tensors), tuple(counted.supports), counted.workspace, counted.kept_width,
+                 counted.factor_width, counted.composed)  # fmt: skip
 
 
 class _Counter:
     def __init__(self, replacement: Replacement | None, method):
         self.replacement, self.method = replacement, method
         self.tensors, self.supports, self.workspace, self.kept_width = [], [], 0, 0
+        self.factor_width = self.composed = 0
 
     def add(self, name, shape, group):
         self.tensors.append(Tensor(name, shape, group))
@@ -207,6 +211,8 @@ class _Counter:
             self.kept_width += self.replacement.kept_width(self.method)
             if self.replacement.composes:
                 self.workspace = max(self.workspace, linear.numel)
+                self.composed += linear.numel
+                self.factor_width += self.method.rank
         if linear.bias:
             self.add(linear.name + ".bias", (out,), "norms")
 

@@ -5,11 +5,12 @@ held then; `moments` gives the sums while the engine is built, in the backward p
 tensors: the allocator's fragmentation, the CUDA context and Python come on top. docs/memory.md says the rest.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from sltrain_ds.memory.activations import activations
 from sltrain_ds.memory.count import GROUPS, Model, Shape, count
 from sltrain_ds.memory.paper import RECIPES, Row, table
+from sltrain_ds.memory.per_layer import held_per_layer
 from sltrain_ds.memory.zero import Settings, held
 
 CATEGORIES = ("weights", "index", "states", "masters", "gradients", "buckets", "activations", "workspace")
@@ -74,11 +75,16 @@ def estimate(run, gpus: int | None = None) -> Estimate:
 
 
 def _one(run, gpus: int, model: Model) -> Estimate:
-    settings = Settings.of(run, gpus)
+    settings, block = Settings.of(run, gpus), run.sltrain
     groups = model.by_group()
-    on_gpu = held(groups, settings)
-    tokens = run.micro_batch_size * run.sltrain.data.sequence_length
-    checkpointing = run.sltrain.model.activation_checkpointing != "none"
+    tokens = run.micro_batch_size * block.data.sequence_length
+    checkpointing, chunked = block.model.activation_checkpointing != "none", block.loss == "chunked"
+    model = _in_mode(model, block.op_mode)
+    if block.per_layer_update:
+        on_gpu, active = held_per_layer(model, settings, tokens, checkpointing, chunked)
+    else:
+        on_gpu = held(groups, settings)
+        active = activations(model, tokens, settings.weight, checkpointing, chunked)
     sizes = {
         "weights": on_gpu.weights,
         "index": sum(support.bytes for support in model.supports),
@@ -86,7 +92,7 @@ def _one(run, gpus: int, model: Model) -> Estimate:
         "masters": on_gpu.masters,
         "gradients": on_gpu.gradients,
         "buckets": on_gpu.buckets,
-        "activations": activations(model, tokens, settings.weight, checkpointing, run.sltrain.loss == "chunked"),
+        "activations": active + _kept_weights(model, block.op_mode, checkpointing) * settings.weight,
         "workspace": model.workspace * settings.weight,
     }
     kept = on_gpu.weights + sizes["index"] + on_gpu.masters
@@ -97,6 +103,20 @@ def _one(run, gpus: int, model: Model) -> Estimate:
     }
     parameters = {group: sum(t.numel for t in groups.get(group, ())) for group in GROUPS}
     return Estimate(gpus, run.zero_stage, tokens, parameters, sizes, moments)
+
+
+def _in_mode(model: Model, op_mode: str) -> Model:
+    """The factored modes save x A^T beside x; "auto" may choose them."""
+    if op_mode in ("factored", "factored_dense", "auto"):
+        return replace(model, kept_width=model.kept_width + model.factor_width)
+    return model
+
+
+def _kept_weights(model: Model, op_mode: str, checkpointing: bool) -> int:
+    """Elements of the W that "keep" holds from forward to backward."""
+    if op_mode != "keep":
+        return 0
+    return model.composed // model.shape.layers if checkpointing else model.composed
 
 
 def _recipe(block) -> tuple[int | None, float | None]:

@@ -136,7 +136,7 @@ def _stage_1_and_2(groups, s):
             "data_types.grad_accum_dtype: at stage 1 it brings another DeepSpeed optimizer, which is not "
             "estimated; remove the key or use stage 2"
         )
-    flat = {group: _flat_numel(tensors, s) for group, tensors in groups.items()}
+    flat = {group: flat_numel(tensors, s) for group, tensors in groups.items()}
     parts = {group: numel // s.world for group, numel in flat.items()}
     total = sum(t.numel for tensors in groups.values() for t in tensors)
     largest = max(t.numel for tensors in groups.values() for t in tensors)
@@ -158,7 +158,7 @@ def _stage_1_and_2(groups, s):
     return Held(
         weights=sum(flat.values()) * s.weight,
         masters=sum(parts.values()) * s.master,
-        states=sum(states(numel, s, group, _pieces(groups[group], numel, s)) for group, numel in parts.items()),
+        states=sum(states(numel, s, group, pieces(groups[group], numel, s)) for group, numel in parts.items()),
         gradients=owned * rounds + waiting,
         buckets=(bucket * (2 if s.overlap else 1) + filled) * s.weight,  # filled: the flat copy that is all-reduced
         step=owned + max(flat_copy[g] + cast_copy[g] for g in parts),
@@ -166,7 +166,7 @@ def _stage_1_and_2(groups, s):
     )
 
 
-def _flat_numel(tensors, s) -> int:
+def flat_numel(tensors, s) -> int:
     """Elements of a group's flat buffer: each tensor, padding between them if asked, the end aligned."""
     unit = _unit(s)
     numel = sum(ceil(t.numel / unit) * unit for t in tensors[:-1]) + tensors[-1].numel
@@ -179,7 +179,7 @@ def _unit(s) -> int:
     return OUR_ALIGNMENT if s.ours else 16 // s.weight if s.parameter_alignment else 1
 
 
-def _pieces(tensors, part, s) -> list[int]:
+def pieces(tensors, part, s) -> list[int]:
     """Lengths of the tensors' pieces in the first rank's partition, `part` elements; no rank's are more."""
     found, offset = [], 0
     for tensor in tensors:
@@ -203,12 +203,7 @@ def _owned(groups, parts, s) -> int:
 
 
 def _stage_3(groups, s):
-    unit = OUR_ALIGNMENT if s.ours and s.world > 1 else 1
-
-    def shard(numel):
-        return ceil(numel / (unit * s.world)) * unit
-
-    shards = {group: [shard(t.numel) for t in tensors] for group, tensors in groups.items()}
+    shards = {group: [shard(t.numel, s) for t in tensors] for group, tensors in groups.items()}
     sharded = sum(map(sum, shards.values()))
     stepped = [  # group, elements, and the pieces of parameters in them, without padding
         (
@@ -221,14 +216,7 @@ def _stage_3(groups, s):
     ]
     tensors = [t for members in groups.values() for t in members]
     total, largest = sum(t.numel for t in tensors), max(t.numel for t in tensors)
-    # at world 1 a gathered parameter is its shard (partition_parameters.py, _no_gather_coalesced)
-    persistent = persistent_held = gathered = 0
-    if s.world > 1:
-        for tensor in tensors:
-            if tensor.numel <= s.persistence and persistent + tensor.numel <= s.model_persistence:
-                persistent += tensor.numel
-                persistent_held += shard(tensor.numel) * s.world  # gathered with the padding of its shards
-        gathered = min(total - persistent, s.max_live, max(s.max_reuse, s.prefetch + 2 * largest))
+    persistent_held, passing = gathered(tensors, s)
     reduce_input = min(s.reduce_bucket, total)
     bucket = (s.reduce_bucket if s.contiguous else 0) + reduce_input
     gradients = sharded * s.accumulate
@@ -240,11 +228,30 @@ def _stage_3(groups, s):
         masters=sharded * s.master,
         states=sum(states(numel, s, group, pieces) for group, numel, pieces in stepped),
         gradients=gradients + largest * s.weight,
-        buckets=(bucket + gathered) * s.weight,
+        buckets=(bucket + passing) * s.weight,
         step=held_buckets + gradients + biggest * s.accumulate + cast_copy,
         # a parameter is whole while its module is built
         init=largest * s.weight + max(sharded * s.weight, biggest * s.master, held_buckets + gradients),
     )
+
+
+def shard(numel: int, s) -> int:
+    """Elements of a parameter that a rank of ZeRO-3 has, with its padding."""
+    unit = OUR_ALIGNMENT if s.ours and s.world > 1 else 1
+    return ceil(numel / (unit * s.world)) * unit
+
+
+def gathered(tensors, s) -> tuple[int, int]:
+    """(elements that stay gathered under ZeRO-3, those that are for a while)."""
+    if s.world == 1:  # a gathered parameter is its shard (partition_parameters.py, _no_gather_coalesced)
+        return 0, 0
+    persistent = held = 0
+    for tensor in tensors:
+        if tensor.numel <= s.persistence and persistent + tensor.numel <= s.model_persistence:
+            persistent += tensor.numel
+            held += shard(tensor.numel, s) * s.world  # gathered with the padding of its shards
+    total, largest = sum(t.numel for t in tensors), max(t.numel for t in tensors)
+    return held, min(total - persistent, s.max_live, max(s.max_reuse, s.prefetch + 2 * largest))
 
 
 def _sub_groups(sizes, limit) -> list[slice]:

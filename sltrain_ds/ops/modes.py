@@ -29,7 +29,7 @@ import torch
 from sltrain_ds.errors import UserError
 from sltrain_ds.ops.sltrain_linear import MODES
 
-CHOICES = ("auto", *MODES)
+CHOICES = ("auto", *MODES, "keep_step")
 _OF_W = ("full", "product", "weight", "nonzero", "activation", "layer")
 TERMS = {
     "compose": _OF_W,
@@ -78,23 +78,42 @@ def choose(out, in_, rank, nnz, tokens, dtype=torch.float32, device="cpu", const
     return min(costs, key=costs.get)
 
 
-def plan(sizes: dict, alive: dict, tokens, dtype, device, constants=None, keep_bytes=0) -> dict[str, str]:
+def plan(sizes: dict, alive: dict, layers: dict, tokens, dtype, device, micro_batches=1, constants=None, keep_bytes=0):
     """Shape -> mode for the layers of a model that share ``keep_bytes``.
 
-    sizes: shape -> (out, in, rank, nnz); alive: shape -> how many such layers would hold their W at once. Where not
-    all can, "keep" goes to the shapes where a byte of W saves the most time.
+    sizes: shape -> (out, in, rank, nnz); layers: shape -> how many there are; alive: shape -> how many of them hold
+    their W at once in "keep". Over several micro-batches a step, "keep_step" is considered too: it holds W and dW of
+    every layer. Where not all can have what is fastest, memory goes to the shapes where a byte saves the most time.
     """
-    modes = {shape: choose(*size, tokens, dtype, device, constants) for shape, size in sizes.items()}
-    gains = {}
+    chosen, wishes = {}, []
     for shape, size in sizes.items():
         costs = estimate(*size, tokens, dtype, device, constants)
-        gains[shape] = (costs[modes[shape]] - costs["keep"]) / (size[0] * size[1])
-    for shape in sorted(gains, key=gains.get, reverse=True):
-        held = alive[shape] * sizes[shape][0] * sizes[shape][1] * dtype.itemsize
-        if gains[shape] > 0 and held <= keep_bytes:
-            modes[shape] = "keep"
-            keep_bytes -= held
-    return modes
+        mode = chosen[shape] = min((name for name in costs if name != "keep"), key=costs.get)
+        weight = size[0] * size[1] * dtype.itemsize
+        held = {"keep": (costs["keep"], alive[shape] * weight)}
+        if micro_batches > 1:
+            seconds = keep_step_seconds(*size, tokens, dtype, device, micro_batches, constants)
+            held["keep_step"] = (seconds, 2 * layers[shape] * weight)
+        gains = [((costs[mode] - s) * layers[shape] / nbytes, name, nbytes) for name, (s, nbytes) in held.items()]
+        wishes += [(gain, shape, name, nbytes) for gain, name, nbytes in gains if gain > 0]
+    taken = dict.fromkeys(sizes, 0)
+    for _, shape, name, nbytes in sorted(wishes, reverse=True):
+        more = nbytes - taken[shape]
+        if 0 < more <= keep_bytes:
+            chosen[shape], taken[shape] = name, nbytes
+            keep_bytes -= more
+    return chosen
+
+
+def keep_step_seconds(out, in_, rank, nnz, tokens, dtype, device, micro_batches, constants=None) -> float:
+    """Of a micro-batch in "keep_step": that of "keep", with W built and dW projected once for all of them."""
+    constants, place = BUILT_IN if constants is None else constants, _place(dtype, device)
+    count = counts(out, in_, rank, nnz, tokens)
+    shared = {"product", "nonzero"}
+    return sum(
+        count[term] * constants[f"{place}.keep.{term}"] / (micro_batches if term in shared else 1)
+        for term in TERMS["keep"]
+    )
 
 
 def fit(mode: str, sizes: list[tuple], seconds: list[float]) -> dict[str, float]:

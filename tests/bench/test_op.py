@@ -7,7 +7,7 @@ from sltrain_ds.bench.op import Shape
 from sltrain_ds.cli import main
 from sltrain_ds.errors import UserError
 from sltrain_ds.ops import modes
-from sltrain_ds.ops.modes import CHOICES, MODES
+from sltrain_ds.ops.modes import MODES
 
 
 def test_rows_hold_speed_against_naive_and_time_against_dense():
@@ -44,11 +44,11 @@ def test_bench_op_prints_its_table_and_keeps_every_time(tmp_path, capsys):
     assert main([*command, "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert printed == (tmp_path / "op.md").read_text()
-    assert sum(line.startswith("| 24x16 r4 d0.1 ") for line in printed.splitlines()) == 2 * (2 + len(CHOICES))
+    assert sum(line.startswith("| 24x16 r4 d0.1 ") for line in printed.splitlines()) == 2 * (3 + len(MODES))
     kept = json.loads((tmp_path / "op.json").read_text())
     assert kept["environment"]["torch"] and kept["environment"]["device"] and len(kept["cases"]) == 2
     for case in kept["cases"]:
-        assert set(case["operators"]) == {"dense", "naive", *CHOICES}
+        assert set(case["operators"]) == {"dense", "naive", "auto", *MODES}
         for found in case["operators"].values():
             assert len(found["times"]) == 2 and min(found["times"]) > 0 and found["peak"] > 0
         assert case["operators"]["auto"]["mode"] in MODES

@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 
+from sltrain_ds.config import op_mode
 from sltrain_ds.errors import UserError
 from sltrain_ds.methods import SLTrainLinear
 from sltrain_ds.ops import modes
@@ -53,15 +54,24 @@ def test_a_budget_goes_where_a_byte_saves_most():
     # factored grows with T n, so the shape with more non-zeros gains more from keep
     table = constants(**SECONDS, factored__sparse=1e-3)
     sizes = {WIDE: (64, 32, 8, 100), TALL: (32, 64, 8, 90)}
-    weight = 64 * 32 * 4
+    weight, three = 64 * 32 * 4, {WIDE: 3, TALL: 3}
 
-    def plan(keep_bytes):
-        return modes.plan(sizes, {WIDE: 3, TALL: 3}, 16, torch.float32, "cpu", table, keep_bytes)
+    def plan(keep_bytes, micro_batches=1, alive=three):
+        return modes.plan(sizes, alive, three, 16, torch.float32, "cpu", micro_batches, table, keep_bytes)
 
     others = {WIDE: "compose", TALL: "compose"}
     assert plan(0) == others == plan(3 * weight - 1)
+    table["cpu.float32.compose.sparse"] = 0.0
+    table["cpu.float32.compose.nonzero"] = 1e-3
     assert plan(3 * weight) == others | {WIDE: "keep"} == plan(6 * weight - 1)
     assert plan(6 * weight) == {WIDE: "keep", TALL: "keep"}
+    assert plan(2 * weight, alive={WIDE: 1, TALL: 1}) == {WIDE: "keep", TALL: "keep"}  # under checkpointing
+    # W and dW of every layer, if that is faster still
+    assert plan(12 * weight, 4, alive=three | {WIDE: 6, TALL: 6}) == {WIDE: "keep_step", TALL: "keep_step"}
+    table["cpu.float32.keep.nonzero"] = 1e-3
+    assert modes.keep_step_seconds(*sizes[WIDE], 16, torch.float32, "cpu", 4, table) == pytest.approx(2.0 + 0.1 / 4)
+    assert plan(12 * weight, 4) == {WIDE: "keep_step", TALL: "keep_step"}
+    assert plan(9 * weight, 4) == {WIDE: "keep_step", TALL: "keep"} and plan(9 * weight, 1)[WIDE] == "keep"
 
 
 def test_the_built_in_constants_know_every_mode_on_the_cpu_and_on_cuda():
@@ -99,6 +109,10 @@ def test_a_file_takes_the_place_of_what_it_names(tmp_path):
     (tmp_path / "c.json").write_text(json.dumps({"constants": own}))
     found = modes.load(tmp_path / "c.json")
     assert found == modes.load() | own != modes.load()
+
+
+def test_the_config_knows_the_same_modes():
+    assert set(op_mode.MODES) == set(modes.CHOICES)
 
 
 def test_modes_by_shape():

@@ -1,0 +1,59 @@
+"""One row of `bench memory`, in a process of its own: `python -m sltrain_ds.bench.memory_run JOB.json`.
+
+The job is {"config", "name", "steps", "device", "naive"}; what was measured is the last line of stdout.
+"""
+
+import contextlib
+import json
+import sys
+import time
+from pathlib import Path
+
+
+def main(path: str) -> int:
+    from sltrain_ds.config import from_dict
+    from sltrain_ds.logs import quiet
+    from sltrain_ds.memory.malloc import give_back_large_blocks
+    from sltrain_ds.zero.start import start
+
+    quiet()
+    give_back_large_blocks()  # in every row, so that rows differ by what they name
+    job = json.loads(Path(path).read_text(encoding="utf-8"))
+    with contextlib.redirect_stdout(sys.stderr):
+        start()
+        found = measure(from_dict(job["config"], name=job["name"]), job)
+    print(json.dumps(found))
+    return 0
+
+
+def measure(run, job: dict) -> dict:
+    """`steps` optimizer steps as training takes them; bytes, moments, losses, and seconds of the last step."""
+    from sltrain_ds import loop
+    from sltrain_ds.bench.naive import to_naive
+    from sltrain_ds.data.dataset import BatchSource
+    from sltrain_ds.data.random_tokens import RandomTokens
+    from sltrain_ds.engine import make_engine
+    from sltrain_ds.errors import UserError
+    from sltrain_ds.evaluate import with_labels
+    from sltrain_ds.zero.grad_norm import GradNorm
+
+    try:
+        source, tokens = BatchSource(run), "real"
+    except UserError as error:
+        print(f"no prepared data ({error}): random tokens", file=sys.stderr)
+        source, tokens = RandomTokens(run), "random"
+    engine, meter, run = make_engine(run, job["device"])
+    if job["naive"]:
+        to_naive(engine.module)
+    norm, losses = GradNorm(engine), []
+    for step in range(job["steps"]):
+        began = time.perf_counter()
+        batches = [with_labels(source.micro_batch(step, i, 0, 1)) for i in range(run.accumulation)]
+        losses.append(loop.optimizer_step(engine, batches, norm, meter))
+        seconds = time.perf_counter() - began
+        found = meter.read()
+    return {"bytes": found, "moments": meter.peaks, "losses": losses, "seconds": seconds, "tokens": tokens}
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

@@ -1,0 +1,115 @@
+"""What the per-layer update (zero/unit_update.py) holds on one GPU, in bytes.
+
+Gradients exist for one unit at a time (a transformer block, the embedding, or final norm and head), so the backward
+pass has three places where it can be largest; the categories are those of the largest one:
+
+    head        the layers' inputs, the loss, the head's gradient
+    last block  the layers' inputs, what the block recomputes, the block's gradients
+    embedding   its gradient, when nothing else is left
+
+One rank: gradients are `.grad` alone. N ranks: a bucket of the unit, N partitions, and the gradient that is copied into
+it; a parameter alone in its group is reduced where it lies. Accumulation: the sum so far, w P/N, beside (one rank: it
+is `.grad`). Masters of the weights' dtype are the weights.
+"""
+
+from dataclasses import dataclass
+from math import ceil
+
+from sltrain_ds.memory import activations as act
+from sltrain_ds.memory import zero
+from sltrain_ds.memory.count import GROUPS, Model
+
+
+@dataclass(frozen=True)
+class Unit:
+    """`flat`: its elements as partitioned, of all ranks; `parts`: of each group, of one; `gradients`: bytes at most."""
+
+    groups: dict[str, list]
+    flat: int
+    parts: dict[str, int]
+    gradients: int
+
+
+def held_per_layer(model: Model, s: zero.Settings, tokens: int, checkpointing: bool, chunked: bool):
+    """(`zero.Held`, activations) in bytes, gradients and activations at the backward pass's largest place."""
+    units = {name: _unit(groups, s) for name, groups in _by_unit(model).items()}
+    parts = sum(sum(unit.parts.values()) for unit in units.values())
+    sharded = parts if s.stage == 3 else parts * s.world
+    largest = max(sum(unit.parts.values()) for unit in units.values()) * (1 if s.stage == 3 else s.world)
+    whole, gathered = (0, 0) if s.stage != 3 else zero.gathered([t for t in model.tensors], s)
+    accumulated = 0
+    if s.accumulation > 1:
+        accumulated = parts * s.weight
+    gradients, activations = _largest_place(model, units, s, tokens, checkpointing, chunked)
+    if s.accumulation > 1 and s.world == 1:  # autograd adds into what is counted already
+        gradients = max(t.numel for t in model.tensors) * s.weight
+    master = 0 if s.master == s.weight else parts * s.master
+    held = zero.Held(
+        weights=(sharded + whole) * s.weight,
+        masters=master,
+        states=sum(_states(unit, s) for unit in units.values()),
+        gradients=gradients + accumulated,
+        buckets=gathered * s.weight,
+        step=accumulated,
+        init=2 * largest * s.weight if s.stage != 3 or s.world > 1 else largest * s.weight,
+    )
+    return held, activations
+
+
+def accumulation_bytes(run, parameters: int) -> int:
+    """What gradient accumulation costs a rank under the per-layer update: the sum of micro-batches, w P/N."""
+    weight = 2 if run.bf16 else 4
+    return weight * ceil(parameters / run.world_size) if run.accumulation > 1 else 0
+
+
+def _by_unit(model: Model) -> dict[str, dict[str, list]]:
+    """Unit -> group -> tensors, as zero/units.py cuts them."""
+    units: dict[str, dict[str, list]] = {}
+    for tensor in model.tensors:
+        parts = tensor.name.split(".")
+        name = parts[2] if parts[1] == "layers" else "embedding" if parts[1] == "embed_tokens" else "head"
+        units.setdefault(name, {}).setdefault(tensor.group, []).append(tensor)
+    return {name: {group: groups[group] for group in GROUPS if group in groups} for name, groups in units.items()}
+
+
+def _unit(groups: dict[str, list], s: zero.Settings) -> Unit:
+    if s.stage == 3:
+        parts = {group: sum(zero.shard(t.numel, s) for t in tensors) for group, tensors in groups.items()}
+    else:
+        parts = {group: zero.flat_numel(tensors, s) // s.world for group, tensors in groups.items()}
+    tensors = [t for members in groups.values() for t in members]
+    if s.world == 1:
+        gradients = sum(t.numel for t in tensors)
+    else:
+        alone = [members[0].numel for members in groups.values() if len(members) == 1]
+        copied = [t.numel for members in groups.values() if len(members) > 1 for t in members]
+        bucket = sum(part * s.world for group, part in parts.items() if len(groups[group]) > 1)
+        gradients = sum(alone) + bucket + max(copied, default=0)
+    return Unit(groups, sum(parts.values()) * s.world, parts, gradients * s.weight)
+
+
+def _states(unit: Unit, s: zero.Settings) -> int:
+    total = 0
+    for group, tensors in unit.groups.items():
+        if s.stage == 3:
+            pieces = [min(t.numel, zero.shard(t.numel, s)) for t in tensors]
+        else:
+            pieces = zero.pieces(tensors, unit.parts[group], s)
+        total += sum(zero.states(n, s, group, [n]) for n in pieces)
+    return total
+
+
+def _largest_place(model, units, s, tokens, checkpointing, chunked) -> tuple[int, int]:
+    """(gradients, activations) where their sum is largest."""
+    shape, c = model.shape, s.weight
+    stream = c * tokens * shape.hidden
+    block = act.block(model, tokens, c)
+    inputs = shape.layers * (stream if checkpointing else block)
+    loss = act.loss(shape, tokens, c, chunked)
+    blocks = [unit.gradients for name, unit in units.items() if name not in ("head", "embedding")]
+    places = [
+        (units["head"].gradients, inputs + act.head(shape, tokens, c) + loss),
+        (max(blocks), inputs + block * checkpointing),
+        (units["embedding"].gradients, 2 * stream),
+    ]
+    return max(places, key=sum)
