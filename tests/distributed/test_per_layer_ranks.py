@@ -37,6 +37,7 @@ def variants(stage: int) -> dict[str, dict]:
     for settings in found.values():
         settings |= zero | {"sltrain__per_layer_update": True, "gradient_clipping": 0.0}
         settings.setdefault("sltrain__steps", 4)
+        settings["scheduler__params__total_num_steps"] = 50
         if stage != 3:
             settings.pop("zero_optimization__stage3_param_persistence_threshold", None)
     return found
