@@ -30,7 +30,7 @@ def variants(stage: int) -> dict[str, dict]:
                 "sltrain__model__activation_checkpointing": ("none", "reentrant", "non_reentrant")[i % 3],
                 # 0: every parameter is let go after use, as those of large models are
                 "zero_optimization__stage3_param_persistence_threshold": 0 if accumulation == 4 else 1000,
-                "sltrain__steps": 50 if precision in ("fp32", "8bit") and accumulation == 1 else 4,
+                "sltrain__steps": 50 if precision == "8bit" and accumulation == 1 else 4,
             }
     found["full_rank"] = {"sltrain__method": {"name": "full_rank"}, "train_micro_batch_size_per_gpu": 8}
     found["tied"] = {"sltrain__model__config__tie_word_embeddings": True, "train_micro_batch_size_per_gpu": 4}
@@ -71,7 +71,8 @@ def test_every_variant_equals_stock_zero(tiny_config, tmp_path, world):
         else:
             assert found["weights"] == found["states"] == 0, (name, found)
             assert found["norm"] < 1e-5, (name, found)
-            assert found["losses"][-1] < found["losses"][0], (name, found)
+            if len(found["losses"]) == 50:
+                assert found["losses"][-1] < found["losses"][0] - 0.3, (name, found)
 
 
 def test_four_ranks(tiny_config, tmp_path):
