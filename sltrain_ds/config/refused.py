@@ -126,13 +126,13 @@ def _combinations(data, block):
         yield "torch_autocast.enabled: true is not supported; set bf16.enabled true, or neither for fp32"
     if data.get("compile", {}).get("deepcompile"):
         yield "compile.deepcompile: true replaces the engine's hooks; remove it"
+    yield from _per_layer(data, zero, stage, block)
     if bf16.get("enabled") and stage == 0:
         yield (
             "zero_optimization.stage: 0 with bf16.enabled true is wrong in DeepSpeed 0.19.8 (it takes an optimizer "
             "step on zero gradients at the start); set stage 1, 2 or 3, or bf16.enabled false"
         )
     yield from _masters(bf16, precision)
-    yield from _per_layer(data, zero, stage, block)
     for key in zero:
         if f"stage3_{key}" in zero:
             yield f"zero_optimization.{key}: is stage3_{key} by another name; keep one of them"
