@@ -15,6 +15,7 @@ from sltrain_ds.zero.aligned import AlignedInit, partition_aligned
 from sltrain_ds.zero.engine_swap import zero_classes
 from sltrain_ds.zero.start import start
 from sltrain_ds.zero.support_check import check_supports_agree
+from sltrain_ds.zero.unit_update import UnitUpdate
 from sltrain_ds.zero.units import split_by_unit
 
 
@@ -48,7 +49,7 @@ def initialize(
             args=args, model=model, optimizer=optimizer, model_parameters=model_parameters,
             training_data=training_data, lr_scheduler=lr_scheduler, config=config, **rest,
         )  # fmt: skip
-    if clipping is not None and deepspeed.comm.get_rank() == 0:
+    if isinstance(result[1], UnitUpdate) and deepspeed.comm.get_rank() == 0:
         print(result[1].describe())
     check_supports_agree(model, result[0].device)
     return result

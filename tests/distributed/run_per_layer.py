@@ -5,7 +5,8 @@
 
 "weights" and "states" are the largest differences of any element on any rank ("states" of the optimizer, whatever its
 format), "norm" the largest relative difference of the global gradient norms. The run without is stock DeepSpeed on the
-same parameter groups. A config with the key "wrong_lr" is the negative control: in one group the rate is 1% off.
+same parameter groups. Keys of a config beyond the file's: "wrong_lr", the negative control, in one group the rate is 1%
+off; "same_batches", every rank trains on rank 0's.
 """
 
 import json
@@ -29,7 +30,7 @@ from sltrain_ds.zero.grad_norm import GradNorm
 from sltrain_ds.zero.start import start
 
 
-def train(run, wrong_lr=False):
+def train(run, wrong_lr=False, same_batches=False):
     """The engine after the run's steps, its losses and its gradient norms."""
     world, source = deepspeed.comm.get_world_size(), BatchSource(run)
     model = models.build(run, "cpu", initialize_module.partitioner(run))
@@ -41,7 +42,8 @@ def train(run, wrong_lr=False):
     for step in range(run.sltrain.steps):
         if wrong_lr:
             engine.optimizer.param_groups[1]["lr"] *= 1.01
-        batches = [with_labels(source.micro_batch(step, i, engine.global_rank, world)) for i in range(run.accumulation)]
+        rank = 0 if same_batches else engine.global_rank
+        batches = [with_labels(source.micro_batch(step, i, rank, world)) for i in range(run.accumulation)]
         losses.append(optimizer_step(engine, batches, grad_norm))
         norms.append(grad_norm.value())
     return engine, losses, norms
@@ -99,13 +101,13 @@ def difference(a, b) -> float:
 
 
 def compare(config) -> dict:
-    wrong = config.pop("wrong_lr", False)
+    wrong, same = (config.pop(key, False) for key in ("wrong_lr", "same_batches"))
     run = from_dict(config, world_size=deepspeed.comm.get_world_size())
-    ours, losses, norms = train(run, wrong)
+    ours, losses, norms = train(run, wrong, same)
     mine = list(weights(ours).values()), states(ours)
     ours.destroy()
     with mock.patch.object(initialize_module, "zero_classes", lambda aligned, _: zero_classes(aligned, None)):
-        stock, _, expected = train(run)
+        stock, _, expected = train(run, same_batches=same)
     theirs = list(weights(stock).values()), states(stock)
     assert type(stock.optimizer) is not type(ours.optimizer)
     stock.destroy()

@@ -52,6 +52,19 @@ def variants():
     for stage in (0, 2, 3):
         for method in ("full_rank", "low_rank"):
             found[f"{method}-z{stage}"] = {"sltrain__method": METHODS[method], "zero_optimization__stage": stage}
+    for stage in (2, 3):
+        for i, (clipping, method) in enumerate(zip(("lagged", "per_layer"), ("sltrain", "full_rank"), strict=True)):
+            found[f"{method}-z{stage}-per_layer-{clipping}"] = BF16 | {
+                **precision(states="8bit"),
+                "sltrain__per_layer_update": True,
+                "sltrain__clipping": clipping,
+                "gradient_clipping": 0.5,
+                "sltrain__method": METHODS[method],
+                "zero_optimization__stage": stage,
+                "train_micro_batch_size_per_gpu": (4, 2)[i],
+                "sltrain__model__activation_checkpointing": ("non_reentrant", "reentrant")[i],
+                "sltrain__loss": "chunked",
+            }
     return found
 
 

@@ -14,6 +14,7 @@ PRECISIONS = {
     "master": {"bf16": {"enabled": True}},
     "bf16": {"bf16": {"enabled": True}, "sltrain__precision": {"weights": "bf16"}},
     "8bit": {"bf16": {"enabled": True}, "sltrain__precision": {"states": "8bit", "weights": "bf16_stochastic"}},
+    "4bit": {"bf16": {"enabled": True}, "sltrain__precision": {"states": "4bit", "weights": "bf16"}},
     "fp32-8bit": {"sltrain__precision": {"states": "8bit"}},
 }
 
@@ -29,13 +30,14 @@ def variants(stage: int) -> dict[str, dict]:
                 "sltrain__model__activation_checkpointing": ("none", "reentrant", "non_reentrant")[i % 3],
                 # 0: every parameter is let go after use, as those of large models are
                 "zero_optimization__stage3_param_persistence_threshold": 0 if accumulation == 4 else 1000,
-                "sltrain__steps": 50 if precision in ("fp32", "8bit") and accumulation == 1 else 4,
+                "sltrain__steps": 50 if precision == "8bit" and accumulation == 1 else 4,
             }
     found["full_rank"] = {"sltrain__method": {"name": "full_rank"}, "train_micro_batch_size_per_gpu": 8}
     found["tied"] = {"sltrain__model__config__tie_word_embeddings": True, "train_micro_batch_size_per_gpu": 4}
     for settings in found.values():
         settings |= zero | {"sltrain__per_layer_update": True, "gradient_clipping": 0.0}
         settings.setdefault("sltrain__steps", 4)
+        settings["scheduler__params__total_num_steps"] = 50
         if stage != 3:
             settings.pop("zero_optimization__stage3_param_persistence_threshold", None)
     return found
@@ -69,12 +71,17 @@ def test_every_variant_equals_stock_zero(tiny_config, tmp_path, world):
         else:
             assert found["weights"] == found["states"] == 0, (name, found)
             assert found["norm"] < 1e-5, (name, found)
-            assert found["losses"][-1] < found["losses"][0], (name, found)
+            if len(found["losses"]) == 50:
+                assert found["losses"][-1] < found["losses"][0] - 0.3, (name, found)
 
 
-def test_four_ranks_stay_within_rounding(tiny_config, tmp_path):
-    """Their sums run in another order than stock's, whose buckets are others."""
-    configs = {f"z{stage}": tiny_config(**variants(stage)["fp32-a4"]) for stage in (2, 3)}
+def test_four_ranks(tiny_config, tmp_path):
+    """Their sums run in another order than stock's, whose buckets are others: alike where all ranks' gradients are."""
+    configs = {}
+    for stage in (2, 3):
+        configs[f"z{stage}"] = tiny_config(**variants(stage)["fp32-a4"])
+        for name in ("fp32-a4", "8bit-a4"):
+            configs[f"same-z{stage}-{name}"] = tiny_config(**variants(stage)[name]) | {"same_batches": True}
     for name, found in compare(4, configs, tmp_path).items():
-        assert found["weights"] < 1e-5, (name, found)
+        assert max(found["weights"], found["states"]) <= (0 if name.startswith("same") else 1e-5), (name, found)
         assert found["norm"] < 1e-5, (name, found)

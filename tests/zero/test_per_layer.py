@@ -178,3 +178,17 @@ def test_the_start_says_what_accumulation_keeps(per_layer, capsys):
         assert "per-layer update: 4 units" in out
         assert (f"keeps {4 * parameters / 1e6:,.1f} MB" in out) == said, out
         engine.destroy()
+
+
+@STAGES
+def test_bitsandbytes_states(per_layer, stage):
+    run, engine = engine_of(per_layer(sltrain__precision={"states": "8bit", "backend": "bitsandbytes"}), stage)
+    losses = train(engine, run, [0, 0, 0, 0, 0, 0])
+    assert losses[-1] < losses[0]
+    zero, inner = engine.optimizer, engine.basic_optimizer
+    for i, pieces in enumerate(zero.pieces):
+        for piece in pieces:
+            small = inner.param_groups[zero.group_of(i)]["name"].endswith("norms") or piece.master.numel() < 4096
+            assert inner.state[piece.master]["state1"].dtype == (torch.float32 if small else torch.uint8)
+    assert any(piece.master.numel() >= 4096 for pieces in zero.pieces for piece in pieces)
+    engine.destroy()
