@@ -53,7 +53,6 @@ def bench(path, overrides, steps: int, device: str, rows: str = "all", out=None)
     if own.sltrain.method.name != "sltrain":
         raise UserError(f"sltrain.method.name: {path} holds {own.sltrain.method.name!r}; bench memory takes sltrain")
     report = Report("memory", COLUMNS, device, out)
-    report.widths[0] = 44
     for row in [*waterfall(own), *contenders(own)]:
         case = measure(path, data, row, steps, device, run_it=rows == "all" or not row.keys)
         report.add(case, [table_row(case)])
@@ -126,7 +125,7 @@ def measure(path, data: dict, row: Row, steps: int, device: str, run_it: bool = 
         job = {"config": config, "name": str(path), "steps": steps, "device": device, "naive": row.naive}
         case |= {"how": "run", "measured": in_a_fresh_process(job)}
     elif row.runs and run_it:
-        case["how"] = f"estimated: does not fit {room / 1e9:.1f} GB"
+        case["how"] = f"estimated: {room / 1e9:.1f} GB free"
     return case
 
 
