@@ -9,7 +9,7 @@ pass has a few places where it can be largest; the categories are those of the l
 
 One rank: gradients are `.grad` alone. N ranks: a bucket of the unit, N partitions, and the gradient that is copied into
 it; a parameter alone in its group is reduced where it lies. Accumulation: the sum so far, w P/N, beside (one rank: it
-is `.grad`). Masters of the weights' dtype are the weights.
+is `.grad`). Masters of the weights' dtype are the weights; for others a group's gradients are cast when it is stepped.
 """
 
 from dataclasses import dataclass
@@ -22,12 +22,14 @@ from sltrain_ds.memory.count import GROUPS, Model
 
 @dataclass(frozen=True)
 class Unit:
-    """`parts`: elements of each group's partition; `gradients`, `bucket`: bytes of both when the last one arrives."""
+    """`parts`: elements of each group's partition; `gradients`, `bucket`: bytes of both when the last one arrives;
+    `cast`: of the largest group's gradients in the masters' dtype, where that is another."""
 
     groups: dict[str, list]
     parts: dict[str, int]
     gradients: int
     bucket: int
+    cast: int
 
 
 def held_per_layer(model: Model, s: zero.Settings, tokens: int, checkpointing: bool, chunked: bool):
@@ -82,7 +84,8 @@ def _unit(groups: dict[str, list], s: zero.Settings) -> Unit:
         copied = [t.numel for members in groups.values() if len(members) > 1 for t in members]
         bucket = sum(part * s.world for group, part in parts.items() if len(groups[group]) > 1)
         gradients = sum(alone) + max(copied, default=0)
-    return Unit(groups, parts, gradients * s.weight, bucket * s.weight)
+    cast = max(parts.values()) * s.master if s.master != s.weight else 0
+    return Unit(groups, parts, gradients * s.weight, bucket * s.weight, cast)
 
 
 def _states(unit: Unit, s: zero.Settings) -> int:
@@ -113,7 +116,8 @@ def _largest_place(model, units, s, tokens, checkpointing, chunked) -> tuple[int
     places = [
         (head.gradients, head.bucket, inputs + act.head(shape, tokens, c) + loss),
         (s.weight * max(first, default=0), largest.bucket, inputs + block + passing),
-        (largest.gradients, largest.bucket, inputs + block // 2),
-        (embedding.gradients, embedding.bucket, 2 * stream),
+        (largest.gradients + largest.cast, largest.bucket, inputs + block // 2),
+        (head.gradients + head.cast, head.bucket, inputs + stream),
+        (embedding.gradients + embedding.cast, embedding.bucket, 2 * stream),
     ]
     return max(places, key=sum)
