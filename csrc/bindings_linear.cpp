@@ -1,4 +1,5 @@
-// Schema of the dense and sparse products that the layer is made of; gemm.cpp and spmm.cpp say what they do.
+// Schema of the dense and sparse products that the layer is made of, and of the gradients' norm; gemm.cpp, spmm.cpp and
+// norm.cpp say what they do.
 
 #include "ops.h"
 
@@ -7,6 +8,7 @@
 TORCH_LIBRARY_FRAGMENT(sltrain, m) {
   m.def("gemm_(Tensor(a!) out, Tensor a, Tensor b, float alpha, bool add, Tensor? bias) -> ()");
   m.def("column_sum_(Tensor(a!) out, Tensor x) -> ()");
+  m.def("sum_of_squares(Tensor x) -> float");
   m.def("spmm_scratch(int tokens, int out_features, int in_features, int nnz, int itemsize) -> int",
         &sltrain::spmm_scratch);
   m.def("spmm_(Tensor(a!) y, Tensor x, Tensor rows, Tensor columns, Tensor values, Tensor(b!) scratch) -> ()");
@@ -18,6 +20,7 @@ TORCH_LIBRARY_IMPL(sltrain, CPU, m) {
   m.impl("gemm_", [](at::Tensor out, const at::Tensor& a, const at::Tensor& b, double alpha, bool add,
                      const std::optional<at::Tensor>& bias) { sltrain::gemm(out, a, b, alpha, add, bias); });
   m.impl("column_sum_", [](at::Tensor out, const at::Tensor& x) { sltrain::column_sum(out, x); });
+  m.impl("sum_of_squares", [](const at::Tensor& x) { return sltrain::sum_of_squares(x); });
   m.impl("spmm_", [](at::Tensor y, const at::Tensor& x, const at::Tensor& rows, const at::Tensor& columns,
                      const at::Tensor& values, at::Tensor scratch) {
     sltrain::spmm(y, x, rows, columns, values, scratch);

@@ -93,7 +93,7 @@ void gemm(at::Tensor& out, const at::Tensor& a, const at::Tensor& b, double alph
           const std::optional<at::Tensor>& bias) {
   const int64_t M = out.size(0), N = out.size(1);
   TORCH_CHECK(a.size(0) == M && b.size(1) == N && a.size(1) == b.size(0), "gemm: shapes do not fit");
-  if (M == 0 || N == 0) return;
+  if (M == 0 || N == 0 || gemm_amx(out, a, b, alpha, add, bias)) return;
   // a narrow type's library kernels want `a` row-major: each thread turns its own rows, so split rows alone
   const bool turn = a.element_size() == 2 && a.stride(0) == 1 && a.stride(1) != 1 && a.size(1) > 1 && M > 1;
   int64_t rows = M, columns = N;

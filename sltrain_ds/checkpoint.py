@@ -2,10 +2,12 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 from deepspeed import comm as dist
 
+from sltrain_ds.config import from_dict
 from sltrain_ds.errors import UserError
 from sltrain_ds.files import write_json, write_text
 from sltrain_ds.zero.checkpoint_reader import STATE_FILE, find_checkpoint
@@ -53,6 +55,20 @@ def find(which: str, run) -> Path:
     if not found:
         raise UserError(f"--resume latest: no complete checkpoint in {run.checkpoint_dir}; start without --resume")
     return found[-1].resolve()
+
+
+def with_its_modes(run, path: Path | None):
+    """The run with the checkpoint's op_mode where the config leaves it to "auto": a resumed run computes as before."""
+    asked = run.sltrain.op_mode
+    if path is None or (isinstance(asked, str) and asked != "auto"):
+        return run
+    data = run.to_json()
+    before = read_state(path)["config"]["sltrain"].get("op_mode", "auto")
+    if isinstance(before, dict) and isinstance(asked, dict):
+        before = before | {shape: mode for shape, mode in asked.items() if mode != "auto"}
+    data["sltrain"]["op_mode"] = before
+    checked = from_dict(data, world_size=run.world_size, name=str(path / STATE_FILE))
+    return replace(run, sltrain=run.sltrain.model_copy(update={"op_mode": checked.sltrain.op_mode}))
 
 
 def resume(engine, run, path: Path) -> tuple[int, int]:

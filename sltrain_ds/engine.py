@@ -4,11 +4,15 @@ from sltrain_ds import models
 from sltrain_ds.loss import use_chunked_loss
 from sltrain_ds.memory.malloc import give_back_large_blocks
 from sltrain_ds.memory.meter import Meter
+from sltrain_ds.zero.agree_on_modes import agree_on_modes
 from sltrain_ds.zero.initialize import initialize, partitioner
 
 
 def make_engine(run, device):
-    """(DeepSpeed engine, `Meter`) of a `RunConfig`; the process group is up. The meter runs from before the model."""
+    """(DeepSpeed engine, `Meter`, run with its modes settled) of a `RunConfig`; the process group is up.
+
+    The meter runs from before the model.
+    """
     if run.sltrain.per_layer_update:  # memory is the point
         give_back_large_blocks()
     meter = Meter(device)
@@ -16,6 +20,7 @@ def make_engine(run, device):
     if run.sltrain.loss == "chunked":
         use_chunked_loss(model)
     meter.watch(model)
+    run = agree_on_modes(model, run, device)
     engine, *_ = initialize(model=model, config=run)
     meter.begin(engine)
-    return engine, meter
+    return engine, meter, run

@@ -11,7 +11,9 @@ from sltrain_ds.data.dataset import predicted_tokens
 from sltrain_ds.evaluate import evaluate, with_labels
 from sltrain_ds.memory.meter import Meter
 from sltrain_ds.monitor import Metrics, Progress
+from sltrain_ds.ops.keep_step import micro_batches
 from sltrain_ds.zero.grad_norm import GradNorm
+from sltrain_ds.zero.late_gradients import clear_late_gradients
 
 
 class NonFiniteLoss(RuntimeError):
@@ -74,7 +76,8 @@ def optimizer_step(engine, batches, grad_norm: GradNorm, meter: Meter | None = N
     parts = len(batches) * engine.dp_world_size
     mean_count = _summed(sum(predicted_tokens(batch) for batch in batches), engine) / parts
     total = 0.0
-    for batch in batches:
+    clear_late_gradients(engine)
+    for batch in micro_batches(engine.module, batches):
         meter and meter.enter("backward")
         moved = {key: value.to(engine.device, non_blocking=True) for key, value in batch.items()}
         loss = engine(**moved, num_items_in_batch=mean_count).loss

@@ -53,7 +53,7 @@ def _train(args) -> int:
 
     source, data = BatchSource(run), run.sltrain.data
     held_out = open_data(data.dir, "validation", data.sequence_length)
-    engine, meter = make_engine(run, device)
+    engine, meter, run = make_engine(checkpoint.with_its_modes(run, found), device)
     rank = engine.global_rank
 
     def validation():

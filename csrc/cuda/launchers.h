@@ -34,4 +34,10 @@ int sltrain_cuda_adam8bit(void* p, int p_dtype, const void* g, int g_dtype, uint
                           float* absmax_v, const uint32_t* tables, int64_t numel, double lr, double beta1, double beta2,
                           double eps, double weight_decay, int decoupled, int64_t step, int stochastic, int64_t seed,
                           int64_t key, int64_t offset, double grad_scale, int device, void* stream);
+
+// The same in 4 bits: the arguments of sltrain::adam4bit_step_.
+int sltrain_cuda_adam4bit(void* p, int p_dtype, const void* g, int g_dtype, uint8_t* m4, uint8_t* v4, float* absmax_m,
+                          float* absmax_v, const float* tables, int64_t numel, double lr, double beta1, double beta2,
+                          double eps, double weight_decay, int decoupled, int64_t step, int stochastic, int64_t seed,
+                          int64_t key, int64_t offset, double grad_scale, int device, void* stream);
 }

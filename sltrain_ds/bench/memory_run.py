@@ -42,7 +42,7 @@ def measure(run, job: dict) -> dict:
     except UserError as error:
         print(f"no prepared data ({error}): random tokens", file=sys.stderr)
         source, tokens = RandomTokens(run), "random"
-    engine, meter = make_engine(run, job["device"])
+    engine, meter, run = make_engine(run, job["device"])
     if job["naive"]:
         to_naive(engine.module)
     norm, losses = GradNorm(engine), []

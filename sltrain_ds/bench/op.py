@@ -1,6 +1,7 @@
 """One layer, forward and backward: dense nn.Linear, the naive operator and every mode, side by side."""
 
 import copy
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -16,7 +17,8 @@ from sltrain_ds.config.presets import PRESETS
 from sltrain_ds.errors import UserError
 from sltrain_ds.memory.paper import RECIPES
 from sltrain_ds.methods import SLTrainLinear
-from sltrain_ds.ops import workspace
+from sltrain_ds.ops import modes as modes_
+from sltrain_ds.ops import support, workspace
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 COLUMNS = [
@@ -48,12 +50,11 @@ def bench(shapes, tokens, dtypes, modes, device, rounds, seconds, out=None) -> l
 
 def measure(shape: Shape, tokens: int, dtype: str, device, modes, rounds=15, seconds=10.0) -> dict:
     """A case: the shape and, by operator, its `times` (seconds, paired by position) and bytes."""
-    torch.manual_seed(0)
-    factory = {"device": device, "dtype": DTYPES[dtype]}
-    x = torch.randn(tokens, shape.in_features, **factory, requires_grad=True)
-    dy = torch.randn(tokens, shape.out_features, **factory)
-    layers = build(shape, modes, **factory)
-    passes = {name: _pass(layer, x, dy) for name, layer in layers.items()}
+    x, dy = inputs(shape, tokens, device=device, dtype=DTYPES[dtype])
+    layers = build(shape, modes, device=device, dtype=DTYPES[dtype])
+    if "auto" in layers:  # one layer, with memory to spare: keep is a choice
+        layers["auto"].op_mode = cheapest(shape, tokens, dtype, device)
+    passes = {name: one_pass(layer, x, dy) for name, layer in layers.items()}
     times = interleave(passes, rounds, seconds, device)
     operators = {
         name: {"times": times[name], "mode": getattr(layer, "current_mode", None), **_bytes(layer, passes[name], x)}
@@ -61,6 +62,20 @@ def measure(shape: Shape, tokens: int, dtype: str, device, modes, rounds=15, sec
     }
     case = {"out": shape.out_features, "in": shape.in_features, "rank": shape.rank, "density": shape.density}
     return {**case, "tokens": tokens, "dtype": dtype, "operators": operators}
+
+
+def cheapest(shape: Shape, tokens: int, dtype: str, device) -> str:
+    """The mode that auto takes where memory does not matter."""
+    nnz = support.nnz_of(shape.density, shape.out_features, shape.in_features)
+    sizes = (shape.out_features, shape.in_features, shape.rank, nnz, tokens)
+    return modes_.choose(*sizes, DTYPES[dtype], torch.device(device).type, keep_bytes=math.inf)
+
+
+def inputs(shape: Shape, tokens: int, **factory) -> tuple[torch.Tensor, torch.Tensor]:
+    """x (tokens, in), which wants its gradient as any hidden layer's does, and dy (tokens, out)."""
+    torch.manual_seed(0)
+    x = torch.randn(tokens, shape.in_features, **factory, requires_grad=True)
+    return x, torch.randn(tokens, shape.out_features, **factory)
 
 
 def build(shape: Shape, modes, **factory) -> dict[str, nn.Module]:
@@ -115,7 +130,8 @@ def _parse_shape(item) -> Iterator[Shape]:
     return iter([Shape(*sizes) if found[4] is None else Shape(*sizes, float(found[4]))])
 
 
-def _pass(layer, x, dy):
+def one_pass(layer, x, dy):
+    """A call that does a forward and backward."""
     wanted = [x, *layer.parameters()]
     # gradients are made anew in every pass, as in training after zero_grad(set_to_none=True)
     return lambda: torch.autograd.grad(layer(x), wanted, dy)

@@ -26,6 +26,7 @@ from sltrain_ds.errors import UserError
 from sltrain_ds.evaluate import with_labels
 from sltrain_ds.loss import use_chunked_loss
 from sltrain_ds.memory.estimate import estimate
+from sltrain_ds.memory.free import free_bytes
 from sltrain_ds.ops import modes, workspace
 from sltrain_ds.zero.grad_norm import GradNorm
 from sltrain_ds.zero.held import held_bytes
@@ -149,14 +150,6 @@ def table_rows(case: dict) -> list[list]:
 
 def _label(method, chosen) -> str:
     return f"{method}: {', '.join(f'{mode} {n}' for mode, n in chosen.items())}" if chosen else method
-
-
-def free_bytes(device) -> int:
-    """Memory that can still be had on the device."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
 
 
 def _source(run):

@@ -1,22 +1,28 @@
-"""`sltrain-ds bench op|step|adam8bit|memory`: side by side in one run, medians and ratios."""
+"""`sltrain-ds bench op|step|adam8bit|support|memory`: side by side in one run, medians and ratios."""
 
 import os
 from pathlib import Path
 
 from sltrain_ds.errors import UserError
 
+SHAPES, TOKENS = "60m,130m,350m,1b,7b", "256,1024,8192"  # of bench op
+
 
 def add_parser(subparsers):
     parser = subparsers.add_parser("bench", help="measure side by side: the operator, whole steps, the 8-bit optimizer")
-    benches = parser.add_subparsers(dest="bench", required=True, metavar="op|step|adam8bit|memory")
+    benches = parser.add_subparsers(dest="bench", required=True, metavar="op|step|adam8bit|support|memory")
 
     op = benches.add_parser("op", help="one layer: dense, naive and every mode, forward and backward")
-    op.add_argument("--shapes", default="60m,130m,350m,1b,7b", help="presets or OUTxIN:rRANK[:dDENSITY]")
-    op.add_argument("--tokens", default="256,1024,8192", help="tokens of a pass (default %(default)s)")
+    op.add_argument("--shapes", help=f"presets or OUTxIN:rRANK[:dDENSITY] (default {SHAPES})")
+    op.add_argument("--tokens", help=f"tokens of a pass (default {TOKENS})")
     op.add_argument("--dtypes", default="fp32,bf16")
     op.add_argument("--modes", help="default: all there are")
     op.add_argument("--density", type=float, help="instead of each shape's own")
-    op.add_argument("--calibrate", action="store_true", help="fit the cost model of auto to this machine")
+    op.add_argument(
+        "--calibrate",
+        action="store_true",
+        help="fit auto's cost model to this machine (or to the --shapes and --tokens given); writes op_constants.json",
+    )
     _common(op)
 
     step = benches.add_parser("step", help="whole training steps: full-rank, SLTrain, SLTrain on the naive operator")
@@ -30,6 +36,13 @@ def add_parser(subparsers):
     adam.add_argument("--numel", default="1048576,16777216,45088768", help="elements (default %(default)s)")
     adam.add_argument("--dtypes", default="fp32,bf16", help="of parameter and gradient (default %(default)s)")
     _common(adam)
+
+    support = benches.add_parser("support", help="draw a support, add S into W, read dW at it, beside a plain copy")
+    support.add_argument("--shapes", default="7b", help="presets or OUTxIN:rRANK[:dDENSITY] (default %(default)s)")
+    support.add_argument("--density", type=float, help="instead of each shape's own")
+    support.add_argument("--dtypes", default="fp32,bf16", help="of W and the values (default %(default)s)")
+    support.add_argument("--model", help="instead: draw all supports of this preset, such as 7b, on the CPU")
+    _common(support)
 
     memory = benches.add_parser("memory", help="real steps: the peak against the estimate and the paper's figure")
     memory.add_argument("--config", default="ds_configs/llama_350m_per_layer.json", metavar="CONFIG")
@@ -58,32 +71,37 @@ def run(args) -> int:
     device = _device(args)
     if device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # read when DeepSpeed is imported
-    return {"op": _op, "step": _step, "adam8bit": _adam8bit, "memory": _memory}[args.bench](args, device) or 0
+    benches = {"op": _op, "step": _step, "adam8bit": _adam8bit, "support": _support, "memory": _memory}
+    return benches[args.bench](args, device) or 0
 
 
 def _op(args, device):
     from sltrain_ds.bench import op
-    from sltrain_ds.ops.modes import CHOICES
+    from sltrain_ds.ops.modes import MODES
 
     if args.calibrate:
         return _calibrate(args, device)
     op.bench(
-        op.parse_shapes(args.shapes, args.density),
-        _numbers("--tokens", args.tokens),
+        op.parse_shapes(args.shapes or SHAPES, args.density),
+        _numbers("--tokens", args.tokens or TOKENS),
         _names("--dtypes", args.dtypes, op.DTYPES),
-        _names("--modes", args.modes, CHOICES) if args.modes else CHOICES,
+        _names("--modes", args.modes, ("auto", *MODES)) if args.modes else ("auto", *MODES),
         device, args.pairs, args.seconds, args.out,
     )  # fmt: skip
 
 
 def _calibrate(args, device):
+    from sltrain_ds.bench import calibrate, op
     from sltrain_ds.files import write_json
-    from sltrain_ds.ops import modes
 
-    if not hasattr(modes, "calibrate"):
-        raise UserError("--calibrate: the modes lack calibration so far; auto goes by its built-in constants")
+    grid = None
+    if args.shapes or args.tokens:
+        tokens = _numbers("--tokens", args.tokens or TOKENS)
+        grid = [(shape, n) for shape in op.parse_shapes(args.shapes or SHAPES, args.density) for n in tokens]
+        if len(grid) < 6:
+            raise UserError(f"--calibrate: {len(grid)} sizes are too few to fit six constants a mode; give 6 or more")
     path = (args.out or Path(".")) / "op_constants.json"
-    write_json(path, modes.calibrate(device))
+    write_json(path, calibrate.calibrate(device, _names("--dtypes", args.dtypes, op.DTYPES), grid))
     print(path)
 
 
@@ -103,6 +121,16 @@ def _adam8bit(args, device):
     quiet()
     numels = _numbers("--numel", args.numel)
     adam8bit.bench(numels, _names("--dtypes", args.dtypes, DTYPES), device, args.pairs, args.seconds, args.out)
+
+
+def _support(args, device):
+    from sltrain_ds.bench import op, support
+
+    if args.model:
+        support.draw_model(args.model)
+        return
+    dtypes = _names("--dtypes", args.dtypes, op.DTYPES)
+    support.bench(op.parse_shapes(args.shapes, args.density), dtypes, device, args.pairs, args.seconds, args.out)
 
 
 def _memory(args, device):

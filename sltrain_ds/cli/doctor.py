@@ -62,6 +62,7 @@ def examine() -> dict:
         "python": platform.python_version(),
         "versions": versions,
         "ops": ops(),
+        "cuda_ops": cuda_ops(),
         "apex": apex(),
         "bitsandbytes": bitsandbytes(),
         "accelerator": accelerator(),
@@ -75,6 +76,14 @@ def ops() -> dict:
 
     kind, detail = builder.status()
     return {"installed": kind == "prebuilt", "compatible": kind != "reference", "kind": kind, "detail": detail}
+
+
+def cuda_ops() -> dict:
+    """The CUDA kernels: {"serve": whether CUDA tensors get them, "detail": the library's path or the reason}."""
+    from sltrain_ds.ops import cuda
+
+    serve, detail = cuda.status()
+    return {"serve": serve, "detail": detail}
 
 
 def apex() -> str:
@@ -141,6 +150,9 @@ def as_text(found: dict) -> str:
     lines += [rule, "op name ............... installed .. compatible", rule]
     installed, compatible = ("[YES]" if state["installed"] else "[NO]"), ("[OKAY]" if state["compatible"] else "[NO]")
     lines += [f"sltrain_ops ........... {installed:.<12} {compatible}", f"  {told[state['kind']]}: {state['detail']}"]
+    kernels = found["cuda_ops"]
+    serve = "[YES]" if kernels["serve"] else "[NO]"
+    lines += [f"CUDA kernels .......... {serve}", f"  {kernels['detail']}"]
     if "built" in found:
         lines.append(f"  DeepSpeed's op: {found['built']['deepspeed'] or 'none needed'}")
     lines.append(rule)

@@ -5,6 +5,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
+from .op_mode import SCHEMA as OP_MODE_SCHEMA
+from .op_mode import check_op_mode
 from .presets import PRESETS
 from .tree import INT64, SIZE_LIMIT, STEP_LIMIT
 
@@ -220,8 +222,21 @@ class SLTrainBlock(Block):
         description="what gradient_clipping bounds; with per_layer_update each layer's norm (per_layer), or all by the "
         "global norm of the step before (lagged)",
     )
-    op_mode: Literal["auto", "compose", "factored", "factored_dense", "keep"] = Field(
-        "auto", description="how an SLTrain layer computes; auto: the cheapest for its shape, by a cost model"
+    op_mode: Annotated[Any, BeforeValidator(check_op_mode), WithJsonSchema(OP_MODE_SCHEMA)] = Field(
+        "auto",
+        description='how an SLTrain layer computes, for all or by shape {"OUTxIN": mode}; auto: rank 0 chooses the '
+        "cheapest for each shape by a cost model, and the run keeps that",
+    )
+    op_memory: float | None = Field(
+        None,
+        ge=0,
+        description="GB on each rank that auto may spend on holding weights (keep, keep_step); null: half of what "
+        "`sltrain-ds estimate` leaves free, 0 with per_layer_update",
+    )
+    op_constants: str | None = Field(
+        None,
+        min_length=1,
+        description="the cost model's constants, from `sltrain-ds bench op --calibrate`; null: built in",
     )
     deterministic: bool = Field(False, description="only deterministic kernels")
     on_nonfinite: Literal["stop"] = Field("stop", description="at a loss or gradient that is not finite")

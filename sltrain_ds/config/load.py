@@ -59,6 +59,7 @@ def from_dict(data, overrides=(), world_size=1, name="config.json", check_files=
     shapes.check_model(fields, where)
     llama.check_values(fields, where, ours=block.model.path is None)
     shapes.check_method(block.method, fields)
+    shapes.check_op_mode(block, fields)
     shapes.check_sequence(block.data.sequence_length, fields)
     if check_files:
         files.check_packages(data)

@@ -126,13 +126,13 @@ def _combinations(data, block):
         yield "torch_autocast.enabled: true is not supported; set bf16.enabled true, or neither for fp32"
     if data.get("compile", {}).get("deepcompile"):
         yield "compile.deepcompile: true replaces the engine's hooks; remove it"
+    yield from _per_layer(data, zero, stage, block)
     if bf16.get("enabled") and stage == 0:
         yield (
             "zero_optimization.stage: 0 with bf16.enabled true is wrong in DeepSpeed 0.19.8 (it takes an optimizer "
             "step on zero gradients at the start); set stage 1, 2 or 3, or bf16.enabled false"
         )
     yield from _masters(bf16, precision)
-    yield from _per_layer(data, zero, stage, block)
     for key in zero:
         if f"stage3_{key}" in zero:
             yield f"zero_optimization.{key}: is stage3_{key} by another name; keep one of them"
@@ -219,6 +219,11 @@ def _per_layer(data, zero, stage, block):
             f'sltrain.clipping: "global" cannot bound gradient_clipping {data["gradient_clipping"]:g} with '
             "sltrain.per_layer_update true, since the whole gradient never exists at once; set clipping "
             '"lagged" or "per_layer", or gradient_clipping 0.0'
+        )
+    if "keep_step" in ([block.op_mode] if isinstance(block.op_mode, str) else block.op_mode.values()):
+        yield (
+            'sltrain.op_mode: "keep_step" holds the gradient of every W, which sltrain.per_layer_update true is to '
+            'avoid; set "keep", "factored" or "auto"'
         )
     if data.get("prescale_gradients") or data.get("gradient_predivide_factor", 1.0) != 1.0:
         key = "prescale_gradients" if data.get("prescale_gradients") else "gradient_predivide_factor"

@@ -100,6 +100,21 @@ def check_method(method, fields):
             )
 
 
+def check_op_mode(block, fields):
+    """Shapes that op_mode names against the shapes of the target layers."""
+    shapes = linear_shapes(fields)
+    if block.method.name != "sltrain" or not shapes or isinstance(block.op_mode, str):
+        return
+    targets = block.method.target_modules
+    found = [f"{out}x{in_}" for name, (out, in_) in shapes.items() if any(_targeted(name, t) for t in targets)]
+    for shape in block.op_mode:
+        if shape not in found:
+            raise UserError(
+                f"sltrain.op_mode: no SLTrain layer is {shape} (out x in); the model's are "
+                f"{', '.join(dict.fromkeys(found))}"
+            )
+
+
 def _targeted(name, pattern):
     """As `methods.convert` reads it: a pattern is one or more whole components of the dotted name."""
     return f".{pattern}." in f".{name}."

@@ -15,7 +15,7 @@ def rehearse(run, rank: int, device, steps: int = 3) -> dict:
     the other ranks and nothing comes back. Call it once, in a process of its own.
     """
     join(rank, run.world_size)
-    engine, meter = make_engine(run, device)
+    engine, meter, run = make_engine(run, device)
     source, norm = RandomTokens(run), GradNorm(engine)
     # as a run does before its first step: ZeRO-3 gathers ahead by what the passes so far have shown it
     batch = source.micro_batch(0, 0, rank, run.world_size)

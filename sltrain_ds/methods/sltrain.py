@@ -9,7 +9,7 @@ from torch import nn
 from sltrain_ds.errors import UserError
 from sltrain_ds.methods.base import MethodLinear, uniform
 from sltrain_ds.methods.check import check_number, check_rank
-from sltrain_ds.ops import modes, sltrain_linear, sparse, support
+from sltrain_ds.ops import keep_step, modes, sltrain_linear, sparse, support
 
 
 @dataclass(frozen=True)
@@ -116,13 +116,14 @@ class SLTrainLinear(MethodLinear):
 
     @property
     def op_mode(self):
-        """How the layer computes: "auto" (chosen at the first forward for its token count) or one of modes.MODES."""
+        """How the layer computes: "auto" (chosen at the first forward for its token count) or one of modes.CHOICES."""
         return self._op_mode
 
     @op_mode.setter
     def op_mode(self, mode):
         self._op_mode = modes.check(mode)
         self.current_mode = None if mode == "auto" else mode
+        self.held = keep_step.Held() if mode == "keep_step" else None
 
     def _choose_mode(self, x):
         """The mode of this layer from now on: a function of shapes, dtype and device, so the same on every rank."""
@@ -136,9 +137,12 @@ class SLTrainLinear(MethodLinear):
     def forward(self, x):
         self.ensure_support()
         mode = self.current_mode or self._choose_mode(x)
-        return sltrain_linear.linear(
-            x, self.A, self.B, self.S_values, self.S_rows, self.S_columns, self.scaling, self.bias, mode
-        )
+        arguments = (x, self.A, self.B, self.S_values, self.S_rows, self.S_columns, self.scaling, self.bias)
+        if mode != "keep_step":
+            return sltrain_linear.linear(*arguments, mode)
+        if keep_step.serves(self.held, x):
+            return keep_step.linear(self.held, *arguments)
+        return sltrain_linear.linear(*arguments, "keep")
 
     @torch.no_grad()
     def dense_weight(self):

@@ -5,24 +5,21 @@ signed dynamic map of three decades for the first moment, and for the second of 
 zero: a small second moment that became 0 would make a huge step (Li, Chen, Zhu, "Memory efficient optimizers with
 4-bit states", NeurIPS 2023, arXiv 2309.01507).
 
-The C++ (csrc/adam4bit.cpp) and ``adam4bit_reference`` agree bit for bit. There is no CUDA kernel: there the reference
-serves, in pieces of `PIECE` values.
+The C++ (csrc/adam4bit.cpp), the CUDA kernel (csrc/cuda/adam4bit.cu) and ``adam4bit_reference`` agree bit for bit.
 """
 
 import functools
-import os
 
 import numpy as np
 import torch
 from torch.nn.functional import pad
 
-from sltrain_ds.ops import builder
+from sltrain_ds.ops import builder, cuda
 from sltrain_ds.ops.adam8bit import as_int64, dynamic_map, stepped, store
 
 BLOCK = 128  # values that share one absmax
 PER_BYTE = 2  # codes
 PIECE = 1 << 22  # values the reference works on at a time: its temporaries take about 100 MB
-_OFFSETS = 256  # offsets are multiples of this, as the noise is keyed
 
 
 def new_states(p: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -59,47 +56,36 @@ def adam4bit_step_(
     m4, v4: uint8 (ceil(n / 2),); absmax_m, absmax_v: float32 (ceil(n / 128),). ``offset`` is a multiple of 256.
     Raises RuntimeError where dtypes, sizes or layouts differ from this.
     """
-    rest = (
-        float(lr),
-        betas[0],
-        betas[1],
-        eps,
-        weight_decay,
-        decoupled,
-        step,
-        stochastic,
-        as_int64(seed),
-        as_int64(key),
-    )
+    arguments = (p, g, m4, v4, absmax_m, absmax_v, tables(p.device), float(lr), betas[0], betas[1], eps, weight_decay)
+    arguments += (decoupled, step, stochastic, as_int64(seed), as_int64(key), offset, float(grad_scale))
     if p.device.type == "cpu" and builder.load():
-        maps = tables(p.device)
-        torch.ops.sltrain.adam4bit_step_(p, g, m4, v4, absmax_m, absmax_v, maps, *rest, offset, float(grad_scale))
-        return
-    if p.device.type == "cuda":
-        _say_it_is_slow()
-    check(p, g, m4, v4, absmax_m, absmax_v, step, offset)
-    p, g = p.view(-1), g.view(-1)
-    for first in range(0, p.numel(), PIECE):
-        values, codes, blocks = (slice(first // k, (first + PIECE) // k) for k in (1, 2, BLOCK))
-        states = (m4[codes], v4[codes], absmax_m[blocks], absmax_v[blocks])
-        adam4bit_reference(p[values], g[values], *states, *rest, offset + first, float(grad_scale))
+        torch.ops.sltrain.adam4bit_step_(*arguments)
+    elif p.device.type == "cuda" and cuda.load():
+        cuda.adam4bit_step_(*arguments)
+    else:
+        adam4bit_reference(*arguments)
 
 
 step_ = adam4bit_step_  # what blockwise_adam.py calls in each of its formats
 
 
 def adam4bit_reference(
-    p, g, m4, v4, absmax_m, absmax_v, lr, beta1, beta2, eps, weight_decay, decoupled, step, stochastic, seed, key,
-    offset, grad_scale,
+    p, g, m4, v4, absmax_m, absmax_v, tables, lr, beta1, beta2, eps, weight_decay, decoupled, step, stochastic,
+    seed, key, offset, grad_scale,
 ):  # fmt: skip
-    """The same step in PyTorch: what the kernel is tested against, and what serves where it is missing."""
-    (signed, signed_bounds), (unsigned, unsigned_bounds) = (t.split((16, 15)) for t in tables(p.device).split(31))
-    n = p.numel()
-    m, v = _dequantize(m4, absmax_m, signed, n), _dequantize(v4, absmax_v, unsigned, n)
-    wide, m, v = stepped(p, g, m, v, lr, beta1, beta2, eps, weight_decay, decoupled, step, grad_scale)
-    store(p, wide, stochastic, seed, step, key, offset)
-    _quantize_(m4, absmax_m, m, signed_bounds)
-    _quantize_(v4, absmax_v, v, unsigned_bounds)
+    """The same step in PyTorch: what the kernels are tested against, and what serves where they are missing."""
+    cuda.check_adam4bit(p, g, m4, v4, absmax_m, absmax_v, tables, step, offset)
+    signed, signed_bounds, unsigned, unsigned_bounds = tables.split((16, 15, 16, 15))
+    whole, gradient = p.view(-1), g.view(-1)
+    for first in range(0, p.numel(), PIECE):
+        p, g = whole[first : first + PIECE], gradient[first : first + PIECE]
+        codes, blocks = (slice(first // k, (first + PIECE) // k) for k in (2, BLOCK))
+        m = _dequantize(m4[codes], absmax_m[blocks], signed, p.numel())
+        v = _dequantize(v4[codes], absmax_v[blocks], unsigned, p.numel())
+        wide, m, v = stepped(p, g, m, v, lr, beta1, beta2, eps, weight_decay, decoupled, step, grad_scale)
+        store(p, wide, stochastic, seed, step, key, offset + first)
+        _quantize_(m4[codes], absmax_m[blocks], m, signed_bounds)
+        _quantize_(v4[codes], absmax_v[blocks], v, unsigned_bounds)
 
 
 @functools.cache
@@ -123,31 +109,3 @@ def _quantize_(codes, absmax, x, bounds):
     found = torch.bucketize(scaled, bounds).view(-1)[: x.numel()].to(torch.uint8)
     low, high = pad(found, (0, x.numel() % 2)).view(-1, 2).unbind(1)
     codes.copy_(low | high << 4)
-
-
-def check(p, g, m4, v4, absmax_m, absmax_v, step, offset) -> None:
-    """RuntimeError unless the step can take these; csrc/adam4bit.cpp checks the same."""
-    n = p.numel()
-    floats, bytes_, blocks = (torch.float32, torch.bfloat16), -(-n // 2), -(-n // BLOCK)
-    for wrong, says in (
-        (p.dtype not in floats or g.dtype not in floats, "parameter and gradient must be float32 or bfloat16"),
-        (g.numel() != n, "parameter and gradient differ in size"),
-        (any(t.dtype != torch.uint8 or t.numel() != bytes_ for t in (m4, v4)), f"states must be uint8 ({bytes_},)"),
-        (
-            any(t.dtype != torch.float32 or t.numel() != blocks for t in (absmax_m, absmax_v)),
-            f"absmax must be float32 ({blocks},)",
-        ),
-        (not all(t.is_contiguous() for t in (p, g, m4, v4, absmax_m, absmax_v)), "tensors must be contiguous"),
-        (step < 1, f"steps count from 1, got {step}"),
-        (offset < 0 or offset % _OFFSETS, f"offset must be a multiple of {_OFFSETS}, got {offset}"),
-    ):
-        if wrong:
-            raise RuntimeError(f"adam4bit: {says}")
-
-
-@functools.cache
-def _say_it_is_slow():
-    if os.environ.get("RANK", "0") == "0":
-        print(
-            "sltrain-ds: 4-bit Adam has no CUDA kernel; PyTorch steps it, several times slower than 8-bit", flush=True
-        )

@@ -59,6 +59,11 @@ def adam8bit_step_(*arguments) -> None:
     _decide()[0].adam8bit_step_(*arguments)
 
 
+def adam4bit_step_(*arguments) -> None:
+    """The operator ``sltrain::adam4bit_step_``; its arguments in its order."""
+    _decide()[0].adam4bit_step_(*arguments)
+
+
 class Kernels:
     """One loaded library. Arguments are checked as the CPU kernels check theirs; errors are RuntimeError."""
 
@@ -69,7 +74,7 @@ class Kernels:
         support = [i64, i64, i32, pointer]
         library.sltrain_cuda_scatter_add.argtypes = [pointer, i32, pointer, pointer, i32, pointer, i32, *support]
         library.sltrain_cuda_gather.argtypes = [pointer, i32, pointer, i32, pointer, pointer, i32, *support]
-        library.sltrain_cuda_adam8bit.argtypes = [
+        library.sltrain_cuda_adam8bit.argtypes = library.sltrain_cuda_adam4bit.argtypes = [
             *(pointer, i32, pointer, i32, *[pointer] * 5, i64, *[f64] * 5),
             *(i32, i64, i32, i64, i64, i64, f64, i32, pointer),
         ]
@@ -99,18 +104,20 @@ class Kernels:
             *(rows.data_ptr(), columns.data_ptr(), columns.element_size(), *W.shape, *_where(W)),
         )
 
-    def adam8bit_step_(
-        self, p, g, m8, v8, absmax_m, absmax_v, tables, lr, beta1, beta2, eps, weight_decay, decoupled, step,
-        stochastic, seed, key, offset, grad_scale,
-    ):  # fmt: skip
-        tensors = (p, g, m8, v8, absmax_m, absmax_v, tables)
-        check_adam(*tensors, step, offset)
+    def adam8bit_step_(self, p, g, m8, v8, absmax_m, absmax_v, tables, *scalars):
+        check_adam(p, g, m8, v8, absmax_m, absmax_v, tables, *_step_and_offset(scalars))
+        self._adam(self._library.sltrain_cuda_adam8bit, p, g, m8, v8, absmax_m, absmax_v, tables, *scalars)
+
+    def adam4bit_step_(self, p, g, m4, v4, absmax_m, absmax_v, tables, *scalars):
+        check_adam4bit(p, g, m4, v4, absmax_m, absmax_v, tables, *_step_and_offset(scalars))
+        self._adam(self._library.sltrain_cuda_adam4bit, p, g, m4, v4, absmax_m, absmax_v, tables, *scalars)
+
+    def _adam(self, function, p, g, *rest):
+        states, scalars = rest[:5], rest[5:]
         self._call(
-            self._library.sltrain_cuda_adam8bit,
-            *(p.data_ptr(), DTYPES[p.dtype], g.data_ptr(), DTYPES[g.dtype]),
-            *(tensor.data_ptr() for tensor in tensors[2:]),
-            *(p.numel(), lr, beta1, beta2, eps, weight_decay, decoupled, step, stochastic, seed, key, offset),
-            *(grad_scale, *_where(p)),
+            function,
+            *(p.data_ptr(), DTYPES[p.dtype], g.data_ptr(), DTYPES[g.dtype], *(tensor.data_ptr() for tensor in states)),
+            *(p.numel(), *scalars, *_where(p)),
         )
 
     def _call(self, function, *arguments):
@@ -177,7 +184,7 @@ def _register(kernels):
     if not builder.load():
         return
     library = torch.library.Library("sltrain", "IMPL")
-    for name in ("scatter_add_", "gather", "adam8bit_step_"):
+    for name in ("scatter_add_", "gather", "adam8bit_step_", "adam4bit_step_"):
         library.impl(name, getattr(kernels, name), "CUDA")
     _registrations.append(library)  # it would take the kernels back with it
 
@@ -222,6 +229,33 @@ def check_adam(p, g, m8, v8, absmax_m, absmax_v, tables, step, offset):
         offset >= 0 and offset % 256 == 0,
         f"adam8bit: offset must be a multiple of 256, where a block begins, got {offset}",
     )
+
+
+def check_adam4bit(p, g, m4, v4, absmax_m, absmax_v, tables, step, offset):
+    """RuntimeError unless the 4-bit Adam step can take these; csrc/adam4bit.cpp checks the same."""
+    tensors, codes, blocks = (p, g, m4, v4, absmax_m, absmax_v, tables), -(-p.numel() // 2), -(-p.numel() // 128)
+    _require(supports(p, g), f"adam4bit: parameter and gradient must be float32 or bfloat16, got {p.dtype}, {g.dtype}")
+    _require(g.numel() == p.numel(), "adam4bit: parameter and gradient differ in size")
+    _require(
+        m4.dtype == v4.dtype == torch.uint8 and m4.numel() == v4.numel() == codes,
+        f"adam4bit: states must be uint8 ({codes},)",
+    )
+    _require(
+        absmax_m.dtype == absmax_v.dtype == torch.float32 and absmax_m.numel() == absmax_v.numel() == blocks,
+        f"adam4bit: absmax must be float32 ({blocks},)",
+    )
+    _require(tables.dtype == torch.float32 and tables.numel() == 62, "adam4bit: tables must be float32 (62,)")
+    _require(
+        all(tensor.is_contiguous() and tensor.device == p.device for tensor in tensors),
+        "adam4bit: tensors must be contiguous, on one device",
+    )
+    _require(step >= 1, f"adam4bit: steps count from 1, got {step}")
+    _require(offset >= 0 and offset % 256 == 0, f"adam4bit: offset must be a multiple of 256, got {offset}")
+
+
+def _step_and_offset(scalars):
+    """Of the operator's: lr, beta1, beta2, eps, weight_decay, decoupled, step, stochastic, seed, key, offset, ..."""
+    return scalars[6], scalars[10]
 
 
 def _require(holds, line):

@@ -1,48 +1,70 @@
-"""Which way an SLTrain layer computes: a cost model of the four modes of ``sltrain_linear``.
+"""Which way an SLTrain layer computes: a cost model of the modes of ``sltrain_linear``.
 
-The model is a pure function of the layer's shape, dtype, token count and a few measured constants, so every rank comes
-to the same choice. For one forward and backward of T tokens through an (out, in) layer of rank r with n non-zeros:
+The model says how many seconds a forward and backward of T tokens take in each mode, for an (out, in) layer of rank r
+with n non-zeros. A mode's time is a sum of terms, each a count times a measured constant:
 
-    GEMM(m, n, k)   2 m n k / gemm
-    compose         2 W + GEMMs y, dx, dW, dA, dB of full size        W: GEMM(out, in, r), n scattered
-    keep            the same with one W less
-    factored        6 GEMMs with r as one side, 3 sparse products of 2 T n / sparse, activations turned, S turned
-    factored_dense  6 GEMMs with r as one side, S made dense twice, 3 GEMMs of full size
+    full        T * out * in         GEMMs with the whole weight: y, dx, dW, or the three of a dense S
+    thin        T * r * (out + in)   GEMMs through the factors
+    sparse      T * n                sparse products
+    product     r * out * in         B A, and the gradients of both through dW
+    weight      out * in             W written, read, added to
+    factor      r * (out + in)       A and B read, their gradients written
+    nonzero     n                    scatter, gather, turn
+    activation  T * (out + in)       x, y and their gradients written, read, turned
+    layer       1                    what a call costs at any size
 
-Constants are a flat dict of floats, keys "device.dtype.name":
-
-    gemm      dense multiply-adds, flop/s                  sparse   flop/s of the blocked sparse products (0: none)
-    element   seconds to turn or add an element of x, y    nonzero  seconds to move a non-zero (scatter, gather, turn)
-    weight    seconds to write or read an element of W     call     seconds of fixed cost of one GEMM or kernel
-
-The built-in ones were measured (see docs/benchmarks.md); ``calibrate`` measures them on this machine and ``load`` reads
-what it wrote.
+Constants are seconds for one unit of a count, a flat dict with keys "device.dtype.mode.term" (modes as in TERMS; "keep"
+serves "keep_step" too). ``fit`` finds them from measured times, `sltrain-ds bench op --calibrate` measures and writes
+them, ``load`` reads them; the built-in ones lie in constants.json beside this file. The choice is a pure function of
+these, but ranks may read different files: in a run rank 0 chooses for all (zero/agree_on_modes.py).
 """
 
 import json
 import math
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from sltrain_ds.errors import UserError
 from sltrain_ds.ops.sltrain_linear import MODES
 
-CHOICES = ("auto", *MODES)
-NAMES = ("gemm", "sparse", "element", "nonzero", "weight", "call")
-_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
-_CPU = {"element": 3e-10, "nonzero": 2.5e-9, "weight": 2e-10, "call": 1e-5}
-_GPU = {"sparse": 0.0, "element": 2e-12, "nonzero": 2e-11, "weight": 2e-12, "call": 5e-6}
-DEFAULTS = {
-    f"{place}.{name}": value
-    for place, values in {
-        "cpu.float32": {"gemm": 3.6e11, "sparse": 1.2e11, **_CPU},
-        "cpu.bfloat16": {"gemm": 2.2e12, "sparse": 1.2e11, **_CPU},
-        "cuda.float32": {"gemm": 4e13, **_GPU},
-        "cuda.bfloat16": {"gemm": 5e14, **_GPU},
-    }.items()
-    for name, value in values.items()
+CHOICES = ("auto", *MODES, "keep_step")
+_OF_W = ("full", "product", "weight", "nonzero", "activation", "layer")
+TERMS = {
+    "compose": _OF_W,
+    "keep": _OF_W,
+    "factored": ("thin", "sparse", "factor", "nonzero", "activation", "layer"),
+    "factored_dense": ("full", "thin", "weight", "nonzero", "activation", "layer"),
 }
+FILE = Path(__file__).with_name("constants.json")
+_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+
+
+def counts(out, in_, rank, nnz, tokens) -> dict[str, int]:
+    """Term -> how often it occurs in a forward and backward."""
+    return {
+        "full": tokens * out * in_,
+        "thin": tokens * rank * (out + in_),
+        "sparse": tokens * nnz,
+        "product": rank * out * in_,
+        "weight": out * in_,
+        "factor": rank * (out + in_),
+        "nonzero": nnz,
+        "activation": tokens * (out + in_),
+        "layer": 1,
+    }
+
+
+def estimate(out, in_, rank, nnz, tokens, dtype=torch.float32, device="cpu", constants=None) -> dict[str, float]:
+    """Mode -> seconds of a forward and backward; modes without constants for the device are left out."""
+    constants, place = BUILT_IN if constants is None else constants, _place(dtype, device)
+    count = counts(out, in_, rank, nnz, tokens)
+    return {
+        mode: sum(count[term] * constants[f"{place}.{mode}.{term}"] for term in terms)
+        for mode, terms in TERMS.items()
+        if f"{place}.{mode}.layer" in constants
+    }
 
 
 def choose(out, in_, rank, nnz, tokens, dtype=torch.float32, device="cpu", constants=None, keep_bytes=0) -> str:
@@ -52,69 +74,132 @@ def choose(out, in_, rank, nnz, tokens, dtype=torch.float32, device="cpu", const
     """
     costs = estimate(out, in_, rank, nnz, tokens, dtype, device, constants)
     if out * in_ * dtype.itemsize > keep_bytes:
-        del costs["keep"]
+        costs.pop("keep", None)
     return min(costs, key=costs.get)
 
 
-def estimate(out, in_, rank, nnz, tokens, dtype=torch.float32, device="cpu", constants=None) -> dict[str, float]:
-    """Mode -> seconds of a forward and backward. "factored" is left out where there is no sparse product."""
-    gemm, sparse, element, nonzero, weight, call = _constants(dtype, device, constants)
-    full = 2 * out * in_ * tokens / gemm + call
-    product = 2 * out * in_ * rank / gemm + call + out * in_ * weight  # BA, or a gradient through it
-    thin = 6 * tokens * rank * (out + in_) / gemm + 6 * call
-    W = product + nnz * nonzero + call
-    dense = out * in_ * weight + nnz * nonzero + 2 * call
-    seconds = {
-        "compose": 3 * full + 2 * W + 2 * product + nnz * nonzero,
-        "keep": 3 * full + W + 2 * product + nnz * nonzero,
-        "factored": math.inf,
-        "factored_dense": thin + 3 * full + 2 * dense + nnz * nonzero,
-    }
-    if sparse:
-        turned = tokens * (3 * in_ + 2 * out) * element  # x twice and dy turned, y and dx added to
-        seconds["factored"] = thin + 6 * tokens * nnz / sparse + turned + 2 * nnz * nonzero + 6 * call
-    else:
-        del seconds["factored"]
-    return seconds
+def plan(sizes: dict, alive: dict, layers: dict, tokens, dtype, device, micro_batches=1, constants=None, keep_bytes=0):
+    """Shape -> mode for the layers of a model that share ``keep_bytes``.
+
+    sizes: shape -> (out, in, rank, nnz); layers: shape -> how many there are; alive: shape -> how many of them hold
+    their W at once in "keep". Over several micro-batches a step, "keep_step" is considered too: it holds W and dW of
+    every layer. Where not all can have what is fastest, memory goes to the shapes where a byte saves the most time.
+    """
+    chosen, wishes = {}, []
+    for shape, size in sizes.items():
+        costs = estimate(*size, tokens, dtype, device, constants)
+        mode = chosen[shape] = min((name for name in costs if name != "keep"), key=costs.get)
+        weight = size[0] * size[1] * dtype.itemsize
+        held = {"keep": (costs["keep"], alive[shape] * weight)}
+        if micro_batches > 1:
+            seconds = keep_step_seconds(*size, tokens, dtype, device, micro_batches, constants)
+            held["keep_step"] = (seconds, 2 * layers[shape] * weight)
+        gains = [((costs[mode] - s) * layers[shape] / nbytes, name, nbytes) for name, (s, nbytes) in held.items()]
+        wishes += [(gain, shape, name, nbytes) for gain, name, nbytes in gains if gain > 0]
+    taken = dict.fromkeys(sizes, 0)
+    for _, shape, name, nbytes in sorted(wishes, reverse=True):
+        more = nbytes - taken[shape]
+        if 0 < more <= keep_bytes:
+            chosen[shape], taken[shape] = name, nbytes
+            keep_bytes -= more
+    return chosen
+
+
+def keep_step_seconds(out, in_, rank, nnz, tokens, dtype, device, micro_batches, constants=None) -> float:
+    """Of a micro-batch in "keep_step": that of "keep", with W built and dW projected once for all of them."""
+    constants, place = BUILT_IN if constants is None else constants, _place(dtype, device)
+    count = counts(out, in_, rank, nnz, tokens)
+    shared = {"product", "nonzero"}
+    return sum(
+        count[term] * constants[f"{place}.keep.{term}"] / (micro_batches if term in shared else 1)
+        for term in TERMS["keep"]
+    )
+
+
+def fit(mode: str, sizes: list[tuple], seconds: list[float]) -> dict[str, float]:
+    """Constants of a mode, term -> seconds, from measured (out, in, rank, nnz, tokens) and times.
+
+    Non-negative least squares of the relative error, by coordinate descent: what matters is to be right by some
+    percent at every size, not by some milliseconds at the largest.
+    """
+    terms = TERMS[mode]
+    rows = np.array([[counts(*size)[term] for term in terms] for size in sizes], dtype=float)
+    rows /= np.array(seconds)[:, None]
+    scale = np.maximum(np.linalg.norm(rows, axis=0), 1e-300)
+    rows /= scale
+    gram, target = rows.T @ rows, rows.sum(0)
+    found = np.zeros(len(terms))
+    for _ in range(100_000):
+        before = found.copy()
+        for i in range(len(terms)):
+            found[i] = max(0.0, found[i] + target[i] - gram[i] @ found)  # the diagonal is 1
+        if np.abs(found - before).max() <= 1e-10 * found.max():
+            break
+    return dict(zip(terms, (found / scale).tolist(), strict=True))
 
 
 def load(path: str | Path | None = None) -> dict[str, float]:
-    """The built-in constants, with those of a JSON file written by ``calibrate``'s caller in their place."""
-    if path is None:
-        return dict(DEFAULTS)
+    """The built-in constants, with those of a JSON file written by ``bench op --calibrate`` in their place.
+
+    Raises UserError for a file that cannot be used.
+    """
+    return BUILT_IN if path is None else {**BUILT_IN, **_read(Path(path))}
+
+
+def _read(path):
     try:
-        found = json.loads(Path(path).read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: no constants could be read ({error}); write them with bench op --calibrate") from None
-    if not isinstance(found, dict):
-        raise UserError(f'{path}: must be an object like {{"cpu.float32.gemm": 3.6e11, ...}}')
-    for key, value in found.items():
-        if key.rsplit(".", 1)[-1] not in NAMES or isinstance(value, bool) or not isinstance(value, int | float):
-            raise UserError(f"{path}: {key}: {value!r} is no constant; keys are device.dtype.name, name one of {NAMES}")
-        if not (0 <= value < math.inf) or (value == 0 and key.endswith(".gemm")):
-            raise UserError(f"{path}: {key} = {value} must be positive and finite")
-    return {**DEFAULTS, **found}
+    return _checked(found, path)
 
 
-def _constants(dtype, device, constants):
-    constants = DEFAULTS if constants is None else constants
-    place = f"{device}.{_DTYPES.get(dtype, 'float32' if dtype.itemsize > 2 else 'bfloat16')}"
-    if f"{place}.gemm" not in constants:
-        place = place.replace(device, "cuda", 1)  # another accelerator
-    return [constants[f"{place}.{name}"] for name in NAMES]
+def _checked(found, path):
+    table = found.get("constants") if isinstance(found, dict) else None
+    if not isinstance(table, dict):
+        raise UserError(f'{path}: must be an object {{"constants": {{...}}}}; write it with bench op --calibrate')
+    for key, value in table.items():
+        place, _, term = key.rpartition(".")
+        if term not in TERMS.get(place.rpartition(".")[2], ()) or key.count(".") != 3:
+            raise UserError(
+                f'{path}: "{key}" is no constant; keys are device.dtype.mode.term, like cpu.float32.keep.full'
+            )
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+            raise UserError(f"{path}: {key} = {value!r} must be a number of seconds, not negative")
+    for place in {key.rsplit(".", 1)[0] for key in table}:
+        missing = [term for term in TERMS[place.rpartition(".")[2]] if f"{place}.{term}" not in table]
+        if missing:
+            raise UserError(f"{path}: {place}.{missing[0]} is missing; write the file with bench op --calibrate")
+    return table
 
 
-def set_op_mode(model: torch.nn.Module, mode: str) -> None:
-    """Make every SLTrain layer of the model compute in ``mode``: "auto" or one of MODES."""
-    for module in model.modules():
-        if hasattr(type(module), "op_mode"):
-            module.op_mode = mode
+BUILT_IN = _read(FILE)
+
+
+def _place(dtype, device):
+    kind = _DTYPES.get(dtype, "float32" if dtype.itemsize > 2 else "bfloat16")
+    return f"{'cpu' if device == 'cpu' else 'cuda'}.{kind}"
+
+
+def set_op_mode(model: torch.nn.Module, mode: str | dict[str, str]) -> None:
+    """Make every SLTrain layer of the model compute in ``mode``: "auto", one of MODES, or {"OUTxIN": mode}."""
+    for layer in layers(model):
+        layer.op_mode = mode if isinstance(mode, str) else mode.get(shape_of(layer), "auto")
+
+
+def layers(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The layers that have modes."""
+    return [module for module in model.modules() if hasattr(type(module), "op_mode")]
+
+
+def shape_of(layer) -> str:
+    """ "OUTxIN", as in a config's op_mode."""
+    return f"{layer.out_features}x{layer.in_features}"
 
 
 def chosen(model: torch.nn.Module) -> dict[str, str]:
     """Layer name -> mode, of the layers that have one: set, or chosen at their first forward."""
-    layers = [module for module in model.modules() if hasattr(type(module), "op_mode")]
-    return {layer.layer_name: layer.current_mode for layer in layers if layer.current_mode}
+    return {layer.layer_name: layer.current_mode for layer in layers(model) if layer.current_mode}
 
 
 def check(mode: str) -> str:

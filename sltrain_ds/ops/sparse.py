@@ -1,12 +1,13 @@
 """The two sparse moves of the operator: scatter-add of S into W, and gather of dW at the support.
 
 The support is checked once, when it is built (``support.check``); positions are not checked here. On the CPU
-csrc/support.cpp serves where it could be built, else a few lines of PyTorch with the same results.
+csrc/support.cpp serves where it could be built, on CUDA csrc/cuda where the kernels are there for the dtypes (``cuda``
+says once where they are not), else a few lines of PyTorch with the same results.
 """
 
 import torch
 
-from sltrain_ds.ops import builder, support
+from sltrain_ds.ops import builder, cuda, support
 
 
 def scatter_add_(W: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, values: torch.Tensor) -> None:
@@ -15,6 +16,9 @@ def scatter_add_(W: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, val
     """
     if W.device.type == "cpu" and builder.load():
         torch.ops.sltrain.scatter_add_(W, rows, columns, values)
+        return
+    if _on_cuda(W, values):
+        cuda.scatter_add_(W, rows, columns, values)
         return
     flat = W.view(-1)
     index = support.to_flat_index(rows, columns, W.shape[1])
@@ -27,4 +31,11 @@ def gather(W: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, out: torc
     if W.device.type == "cpu" and builder.load():
         torch.ops.sltrain.gather(out, W, rows, columns)
         return
+    if _on_cuda(W, out):
+        cuda.gather(out, W, rows, columns)
+        return
     out.copy_(W.view(-1)[support.to_flat_index(rows, columns, W.shape[1])])
+
+
+def _on_cuda(W, values):
+    return W.device.type == "cuda" and cuda.supports(W, values) and cuda.load()

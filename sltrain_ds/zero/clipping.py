@@ -3,7 +3,9 @@
 import torch
 from deepspeed import comm as dist
 
-CHUNK = 1 << 20  # elements cast to fp32 at a time on a CPU; on a GPU the norm casts as it reads
+from sltrain_ds.ops import builder
+
+CHUNK = 1 << 20  # elements cast to fp32 at a time on a CPU without the C++ ops; on a GPU the norm casts as it reads
 
 
 class UnitClipping:
@@ -50,8 +52,10 @@ class UnitClipping:
 
 
 def sum_of_squares(tensors: list[torch.Tensor], device) -> torch.Tensor:
-    """Sum of all their squares, in fp32 and without a copy in fp32 of any whole tensor; () on `device`."""
+    """Sum of all their squares, fp32 or bf16, without a copy in fp32 of any whole tensor; fp32 () on `device`."""
     if torch.device(device).type == "cpu":
+        if builder.load():
+            return torch.tensor(float(sum(torch.ops.sltrain.sum_of_squares(tensor.contiguous()) for tensor in tensors)))
         tensors = [part for tensor in tensors for part in tensor.reshape(-1).split(CHUNK)]
     norms = [torch.linalg.vector_norm(tensor, dtype=torch.float32) for tensor in tensors]
     return torch.stack(norms).square().sum() if norms else torch.zeros((), device=device)

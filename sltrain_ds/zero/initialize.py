@@ -4,11 +4,13 @@ import copy
 
 import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
 
 from sltrain_ds.blockwise_adam import BlockwiseAdam
 from sltrain_ds.config import RunConfig, from_dict
 from sltrain_ds.config.jsonfile import read_json
 from sltrain_ds.optim import build_optimizer
+from sltrain_ds.zero.agree_on_modes import agree_on_modes
 from sltrain_ds.zero.aligned import AlignedInit, partition_aligned
 from sltrain_ds.zero.engine_swap import zero_classes
 from sltrain_ds.zero.start import start
@@ -31,6 +33,7 @@ def initialize(
     config = config or config_params or getattr(args, "deepspeed_config", None)
     run = _run_config(config)
     if run is not None:
+        agree_on_modes(model, run, get_accelerator().current_device_name())
         optimizer = optimizer or build_optimizer(model, run)
         if run.sltrain.per_layer_update:
             split_by_unit(model, optimizer)
@@ -45,6 +48,8 @@ def initialize(
             args=args, model=model, optimizer=optimizer, model_parameters=model_parameters,
             training_data=training_data, lr_scheduler=lr_scheduler, config=config, **rest,
         )  # fmt: skip
+    if clipping is not None and deepspeed.comm.get_rank() == 0:
+        print(result[1].describe())
     check_supports_agree(model, result[0].device)
     return result
 

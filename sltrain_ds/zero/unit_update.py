@@ -50,9 +50,10 @@ class Unit:
 class UnitUpdate:
     """A mixin for DeepSpeed's ZeRO optimizers, whose groups were split by `split_by_unit`.
 
-    The class it is mixed into sets `groups` (each a list of parameters), `partitions` (this rank's flat masters),
-    `owned` (the weights they are the masters of, or alias) and `group_of`, calls `start_units` at its construction's
-    end and `arrived`, `close_micro_batch` and `step_units` when it is time, and says where gradients lie: `place`.
+    The class it is mixed into says what there is: `groups`, `partitions`, `owned`, `group_of(i)` (a group's index among
+    the inner optimizer's), `cut(i)` (what this rank owns of a group) and `place` (where a gradient lies in a bucket).
+    It calls `start_units` at the end of its construction, `arrived` when a gradient has, `close_micro_batch` before
+    every forward and `step_units` in `step()`.
 
     A gradient that is not finite has been stepped by when the norm is known: no step can be skipped here.
     """
@@ -78,6 +79,15 @@ class UnitUpdate:
         self.units = list(units.values())
         self._unit_of = {i: unit for unit in self.units for i in unit.groups}
 
+    def describe(self) -> str:
+        """A line for the start of a run: what gradients will take."""
+        sizes = [self.world * sum(self.partitions[i].numel() for i in unit.groups) for unit in self.units]
+        line = f"per-layer update: {len(sizes)} units, the largest of {max(sizes):,} values"
+        if self.gradient_accumulation_steps > 1:
+            kept = sum(sizes) // self.world * self.dtype.itemsize
+            line += f"; gradient accumulation keeps {kept / 1e6:,.1f} MB of gradients a rank until the step"
+        return line
+
     def _pieces(self, i: int) -> list[Piece]:
         found = []
         for parameter, start, offset, length in self.cut(i):
@@ -92,7 +102,10 @@ class UnitUpdate:
         """The gradient of a parameter of group i is in `.grad`."""
         unit = self._unit_of[i]
         if parameter not in unit.missing:
-            raise RuntimeError(f"{self.param_names[parameter]}: a second gradient in one backward pass")
+            raise RuntimeError(
+                f"{self.param_names[parameter]}: a second gradient since the last forward; with "
+                "sltrain.per_layer_update each forward pass has one backward pass, before the next forward"
+            )
         if self.world > 1 and not self._bypasses(i):
             with self._beside(parameter.grad):
                 self.place(self._lane(unit, i), i, parameter, parameter.grad.reshape(-1))
@@ -180,15 +193,12 @@ class UnitUpdate:
             gradients = {i: self._gradients(i) for i in unit.groups}
             scale = self.clipping.coefficient([gradient for i in unit.groups for gradient in gradients[i]])
             for i in unit.groups:
-                for piece, gradient in zip(self.pieces[i], gradients.pop(i), strict=True):
-                    piece.master.grad = gradient.to(piece.master.dtype)
-                    if scale is not None:
-                        piece.master.grad.mul_(scale)
+                left = gradients.pop(i)
+                for piece in self.pieces[i]:
+                    _hand_over(piece, left.pop(0), scale)
                 self._optimizer_step(i)
                 for piece in self.pieces[i]:
                     piece.master.grad = None
-                for parameter in self.groups[i]:
-                    parameter.grad = None
                 if self.owned[i].data_ptr() != self.partitions[i].data_ptr():
                     self.owned[i].copy_(self.partitions[i])
         unit.stepped = True
@@ -232,3 +242,11 @@ class UnitUpdate:
         """Whatever the current stream is given next comes after every reduction and step so far."""
         if self.side_stream is not None:
             get_accelerator().current_stream().wait_stream(self.side_stream)
+
+
+def _hand_over(piece: Piece, gradient: torch.Tensor, scale) -> None:
+    """Give the optimizer a piece's gradient; the model's own goes, so that what is cast is freed at once."""
+    piece.parameter.grad = None
+    piece.master.grad = gradient.to(piece.master.dtype)
+    if scale is not None:
+        piece.master.grad.mul_(scale)

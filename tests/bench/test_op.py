@@ -7,7 +7,7 @@ from sltrain_ds.bench.op import Shape
 from sltrain_ds.cli import main
 from sltrain_ds.errors import UserError
 from sltrain_ds.ops import modes
-from sltrain_ds.ops.modes import CHOICES, MODES
+from sltrain_ds.ops.modes import MODES
 
 
 def test_rows_hold_speed_against_naive_and_time_against_dense():
@@ -44,11 +44,11 @@ def test_bench_op_prints_its_table_and_keeps_every_time(tmp_path, capsys):
     assert main([*command, "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert printed == (tmp_path / "op.md").read_text()
-    assert sum(line.startswith("| 24x16 r4 d0.1 ") for line in printed.splitlines()) == 2 * (2 + len(CHOICES))
+    assert sum(line.startswith("| 24x16 r4 d0.1 ") for line in printed.splitlines()) == 2 * (3 + len(MODES))
     kept = json.loads((tmp_path / "op.json").read_text())
     assert kept["environment"]["torch"] and kept["environment"]["device"] and len(kept["cases"]) == 2
     for case in kept["cases"]:
-        assert set(case["operators"]) == {"dense", "naive", *CHOICES}
+        assert set(case["operators"]) == {"dense", "naive", "auto", *MODES}
         for found in case["operators"].values():
             assert len(found["times"]) == 2 and min(found["times"]) > 0 and found["peak"] > 0
         assert case["operators"]["auto"]["mode"] in MODES
@@ -73,14 +73,35 @@ def test_wrong_options_are_told_in_a_line(flags, told, capsys):
     assert told in capsys.readouterr().err
 
 
-def test_calibrate_keeps_the_constants_that_the_modes_read(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(modes, "calibrate", lambda device: {f"{device}.float32.gemm": 5e11}, raising=False)
-    assert main(["bench", "op", "--calibrate", "--device", "cpu", "--out", str(tmp_path)]) == 0
-    assert capsys.readouterr().out.strip() == str(tmp_path / "op_constants.json")
-    assert modes.load(tmp_path / "op_constants.json")["cpu.float32.gemm"] == 5e11
+GRID = ["--shapes", "24x16:r4:d0.1,16x32:r2:d0.2", "--tokens", "4,8,16"]
 
 
-def test_calibrate_says_when_the_modes_have_none(capsys, monkeypatch):
-    monkeypatch.delattr(modes, "calibrate", raising=False)
-    assert main(["bench", "op", "--calibrate"]) == 2
-    assert "--calibrate" in capsys.readouterr().err
+def test_calibrate_writes_the_constants_that_the_modes_read(tmp_path, capsys):
+    command = ["bench", "op", "--calibrate", "--device", "cpu", "--dtypes", "bf16", *GRID, "--out", str(tmp_path)]
+    assert main(command) == 0
+    printed, path = capsys.readouterr().out, tmp_path / "op_constants.json"
+    assert printed.strip().endswith(str(path)) and "cpu.bfloat16: 6 sizes" in printed
+    found, built_in = modes.load(path), modes.load()
+    assert set(found) == set(built_in)
+    changed = {key.rpartition(".")[0] for key in found if found[key] != built_in[key]}
+    assert changed == {f"cpu.bfloat16.{mode}" for mode in modes.TERMS}
+    assert json.loads(path.read_text())["measured"]["cpu"]["torch"]
+
+
+def test_calibrate_wants_enough_sizes(capsys):
+    assert main(["bench", "op", "--calibrate", "--shapes", "24x16:r4", "--tokens", "4"]) == 2
+    assert "--calibrate: 1 sizes are too few" in capsys.readouterr().err
+
+
+def test_modes_save_what_the_docs_say(tmp_path):
+    """Nothing beyond x and parameters; W in keep; x A^T in factored: bytes of fp32, a layer of 24 x 16, rank 4."""
+    tokens, out, in_, rank = 10, 24, 16, 4
+    case = op.measure(Shape(out, in_, rank, 0.1), tokens, "fp32", "cpu", MODES, rounds=1)
+    beyond = {name: found["saved_beyond"] for name, found in case["operators"].items()}
+    assert beyond["dense"] == beyond["compose"] == 0
+    assert beyond["keep"] == 4 * out * in_ and beyond["naive"] == 4 * rank * in_  # the scaled copy of A
+    assert beyond["factored"] == beyond["factored_dense"] == 4 * tokens * rank
+    columns = {row[3]: row[8:] for row in op.table_rows(case)}
+    for name, found in case["operators"].items():
+        assert columns[name] == [found["saved"] / 1e6, found["saved_beyond"] / 1e6, found["peak"] / 1e6]
+        assert found["peak"] >= 4 * tokens * (out + in_)  # y and dx at least

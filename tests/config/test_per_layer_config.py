@@ -33,6 +33,7 @@ REFUSED = {
     "stage 1": (("zero_optimization", "stage", 1), ["sltrain.per_layer_update", "zero_optimization.stage", "got 1"]),
     "global clipping": (("sltrain", "clipping", "global"), ["sltrain.clipping", "gradient_clipping 1", '"lagged"']),
     "per-layer clipping alone": (("sltrain", "per_layer_update", False), ["sltrain.clipping", "per_layer_update true"]),
+    "W and dW of a step": (("sltrain", "op_mode", "keep_step"), ["sltrain.op_mode", "per_layer_update", '"auto"']),
     "no scatter": (("zero_optimization", "reduce_scatter", False), ["zero_optimization.reduce_scatter", "remove it"]),
     "elastic": (("zero_optimization", "elastic_checkpoint", True), ["elastic_checkpoint", "per_layer_update"]),
     "scattered gradients": (

@@ -16,21 +16,31 @@ METHODS = {
 BF16 = {"bf16": {"enabled": True}}
 
 
+def precision(**values):
+    return {"sltrain__precision": values}
+
+
 def variants():
     """{name: overrides}: methods x stages x precisions, and the other features in turn across them."""
     found = {}
     for stage in (0, 1, 2, 3):
-        precisions = {"fp32": {}, "fp32-8bit": {"sltrain__precision": {"states": "8bit"}}}
+        precisions = {
+            "fp32": {},
+            "fp32-8bit": precision(states="8bit"),
+            "fp32-bitsandbytes": precision(states="8bit", backend="bitsandbytes"),
+        }
         if stage:
             precisions |= {
                 "master": BF16,
-                "master-8bit": BF16 | {"sltrain__precision": {"states": "8bit"}},
-                "bf16": BF16 | {"sltrain__precision": {"weights": "bf16"}},
-                "bf16-8bit": BF16 | {"sltrain__precision": {"weights": "bf16", "states": "8bit"}},
+                "master-8bit": BF16 | precision(states="8bit", weights="fp32_master"),
+                "bf16": BF16 | precision(weights="bf16"),
+                "bf16-8bit": BF16 | precision(states="8bit", weights="bf16"),
+                "stochastic-8bit": BF16 | precision(states="8bit"),
+                "stochastic-4bit": BF16 | precision(states="4bit"),
             }
-        for i, (precision, settings) in enumerate(precisions.items()):
-            method = list(METHODS)[(i + stage) % 3] if precision in ("fp32-8bit", "bf16") else "sltrain"
-            found[f"{method}-z{stage}-{precision}"] = {
+        for i, (name, settings) in enumerate(precisions.items()):
+            method = list(METHODS)[(i + stage) % 3] if name in ("fp32-8bit", "bf16") else "sltrain"
+            found[f"{method}-z{stage}-{name}"] = {
                 **settings,
                 "sltrain__method": METHODS[method],
                 "zero_optimization__stage": stage,

@@ -26,9 +26,15 @@ def check(process):
     assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-3000:]
 
 
-@pytest.mark.parametrize(("stage", "world"), [(2, 2), (3, 2)])
-def test_resume_continues_and_the_export_gives_the_same_loss(train, tiny, tmp_path, capsys, stage, world):
-    settings = dict(MIXED, zero_optimization__stage=stage, sltrain__steps=6, sltrain__loss="chunked")
+@pytest.mark.parametrize(("stage", "world", "states"), [(1, 2, "4bit"), (2, 2, "8bit"), (3, 2, "4bit")])
+def test_resume_continues_and_the_export_gives_the_same_loss(train, tiny, tmp_path, capsys, stage, world, states):
+    settings = dict(
+        MIXED,
+        sltrain__precision={"states": states},
+        zero_optimization__stage=stage,
+        sltrain__steps=6,
+        sltrain__loss="chunked",
+    )
     settings |= {"sltrain__checkpoint__every": 3}
     process, straight = train(world, **settings)
     check(process)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sltrain_ds.ops import adam8bit, builder, support
+from sltrain_ds.ops import adam4bit, adam8bit, builder, support
 
 FLOATS = [torch.float32, torch.bfloat16]
 SHAPES = [((1, 1), 1.0), ((64, 512), 0.03), ((1376, 512), 0.03), ((300, 4096), 0.05), ((3, 70000), 0.01)]
@@ -32,10 +32,11 @@ def test_scatter_and_gather(kernels, shape, density, weight_dtype, value_dtype):
 @pytest.mark.parametrize("p_dtype", FLOATS)
 @pytest.mark.parametrize("g_dtype", FLOATS)
 @pytest.mark.parametrize("numel, shift", [(1, 0), (257, 0), (256 * 5000 + 13, 0), (256 * 3000 + 8, 1)])
-def test_adam_equals_the_cpu(kernels, p_dtype, g_dtype, numel, shift):
+@pytest.mark.parametrize("adam", [adam8bit, adam4bit])
+def test_adam_equals_the_cpu(kernels, p_dtype, g_dtype, numel, shift, adam):
     generator = torch.Generator().manual_seed(numel)
     p = torch.randn(numel, generator=generator).to(p_dtype)
-    cpu = [p, *adam8bit.new_states(p)]
+    cpu = [p, *adam.new_states(p)]
     # `shift` elements off the start of their allocations
     gpu = [torch.cat([tensor[:shift], tensor]).cuda()[shift:] for tensor in cpu]
     for step in range(1, 6):
@@ -43,8 +44,8 @@ def test_adam_equals_the_cpu(kernels, p_dtype, g_dtype, numel, shift):
         g = g.to(g_dtype)
         options = {"lr": 0.01, "weight_decay": 0.1, "decoupled": step % 2 == 0, "grad_scale": 0.3}
         options |= {"stochastic": step % 3 > 0, "seed": 11, "key": 2**61, "offset": 256 * (2**32 - 1)}
-        adam8bit.adam8bit_step_(cpu[0], g, *cpu[1:], step=step, **options)
-        adam8bit.adam8bit_step_(gpu[0], g.cuda(), *gpu[1:], step=step, **options)
+        adam.step_(cpu[0], g, *cpu[1:], step=step, **options)
+        adam.step_(gpu[0], g.cuda(), *gpu[1:], step=step, **options)
         for found, expected in zip(gpu, cpu, strict=True):
             assert torch.equal(found.cpu(), expected)
 

@@ -9,7 +9,6 @@ import json
 import os
 import sys
 import weakref
-from contextlib import nullcontext
 from types import SimpleNamespace
 
 import torch
@@ -37,7 +36,8 @@ def live(deepspeed, case):
 
     from sltrain_ds import methods
     from sltrain_ds.optim import build_optimizer
-    from sltrain_ds.zero.aligned import aligned_engine, partition_aligned
+    from sltrain_ds.zero.aligned import partition_aligned
+    from sltrain_ds.zero.engine_swap import zero_classes
 
     torch.manual_seed(0)
     method = SimpleNamespace(**case["method"], lr_scale=SimpleNamespace())
@@ -70,7 +70,7 @@ def live(deepspeed, case):
     ours = case["backend"] == "ours"
     if ours and case["stage"] == 3:
         partition_aligned(model, config, torch.bfloat16 if bf16 else torch.float32)
-    with aligned_engine() if ours else nullcontext():
+    with zero_classes(aligned=ours, clipping=None):
         engine, *_ = deepspeed.initialize(model=model, config=config, optimizer=optimizer)
     ids = torch.arange(16).view(1, 16) % 32
     engine.backward(engine(input_ids=ids, labels=ids).loss)

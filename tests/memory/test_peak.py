@@ -41,6 +41,7 @@ def config(case, world):
             "model": {"config": MODEL, "activation_checkpointing": case.get("checkpointing", "none")},
             "method": case.get("method", {"name": "sltrain", "rank": 32, "density": 0.03, "alpha": 8}),
             "precision": {"weights": weights},
+            "op_mode": "compose",  # which is what the estimate counts
             "loss": case.get("loss", "full"),
             "tokenizer": "t",
             "data": {"dir": "d", "sequence_length": case.get("length", 32)},

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sltrain_ds.ops import adam8bit, cuda, cuda_build, sparse, support
+from sltrain_ds.ops import adam4bit, adam8bit, cuda, cuda_build, sparse, support
 
 HOST = Path(__file__).parent / "cuda_host"
 FLOATS = [torch.float32, torch.bfloat16]
@@ -78,6 +78,29 @@ def test_adam_equals_the_cpu_kernel(kernels, p_dtype, g_dtype, numel, shift):
             *(ours[0], g, *ours[1:], adam8bit.tables(p.device), options["lr"], 0.9, 0.999, 1e-8, 0.1),
             *(options["decoupled"], step, options["stochastic"], -5, 2**62 + 3, options["offset"], 0.3),
         )
+        for found, expected in zip(ours, theirs, strict=True):
+            assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("p_dtype", FLOATS)
+@pytest.mark.parametrize("g_dtype", FLOATS)
+@pytest.mark.parametrize("numel, shift", [(1, 0), (129, 0), (12 * 256 + 13, 0), (40 * 256 + 8, 1)])
+def test_4_bit_adam_equals_the_cpu_kernel(kernels, p_dtype, g_dtype, numel, shift):
+    def shifted(tensor):
+        return torch.cat([tensor[:shift], tensor])[shift:]
+
+    generator = torch.Generator().manual_seed(numel)
+    p = torch.randn(numel, generator=generator).to(p_dtype)
+    ours = [shifted(tensor) for tensor in (p, *adam4bit.new_states(p))]
+    theirs = [tensor.clone() for tensor in ours]
+    for step in (1, 2, 3):
+        g = shifted(torch.randn(numel, generator=generator).to(g_dtype))
+        scalars = (0.01, 0.9, 0.999, 1e-8, 0.1, step != 2, step, step != 3, -5, 2**62 + 3, 256 * (2**32 - 1), 0.3)
+        options = dict(
+            zip(("decoupled", "step", "stochastic", "seed", "key", "offset", "grad_scale"), scalars[5:], strict=True)
+        )
+        adam4bit.adam4bit_step_(theirs[0], g, *theirs[1:], lr=0.01, weight_decay=0.1, **options)
+        kernels.adam4bit_step_(ours[0], g, *ours[1:], adam4bit.tables(p.device), *scalars)
         for found, expected in zip(ours, theirs, strict=True):
             assert torch.equal(found, expected)
 
@@ -187,5 +210,5 @@ def test_the_dispatcher_takes_the_kernels(kernels, monkeypatch):
         pytest.skip(cuda.builder.status()[1])
     monkeypatch.setattr(cuda, "_registrations", [])
     cuda._register(kernels)
-    for name in ("scatter_add_", "gather", "adam8bit_step_"):
+    for name in ("scatter_add_", "gather", "adam8bit_step_", "adam4bit_step_"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"sltrain::{name}", "CUDA")

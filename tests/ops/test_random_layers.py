@@ -43,6 +43,18 @@ def poison():
         buffer.fill_(float("nan"))
 
 
+@pytest.fixture(autouse=True)
+def fresh_memory_is_poisoned():
+    """Every torch.empty, of Python and of the kernels, comes full of NaN."""
+    before = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = before
+
+
 def run(x, dy, A, B, values, bias, places, scaling, mode):
     poison()
     leaves = [t for t in (x, A, B, values, bias) if t is not None]

@@ -114,6 +114,87 @@ def test_cells_rows_columns_and_neighbours(out, in_):
     assert pairs == pytest.approx(neighbours, rel=5 / sqrt(neighbours))
 
 
+def deviations(index, out, in_):
+    """Statistics of one large support, as standard deviations from what uniform without replacement gives."""
+    nnz, cells = len(index), out * in_
+    share = nnz / cells
+    row, column = index // in_, index % in_
+
+    def counts(number, size):
+        """chi-square of counts in equal classes of `size` cells each"""
+        observed = np.bincount(number, minlength=cells // size).astype(float)
+        variance = size * share * (1 - share) * (cells - size) / (cells - 1)
+        chi = ((observed - size * share) ** 2 / variance).sum() * (1 - size / cells)
+        return (chi - (observed.size - 1)) / sqrt(2 * (observed.size - 1))
+
+    def pairs(mask, other):
+        """how many positions have a neighbour that is one too"""
+        observed, places = np.count_nonzero(mask & other), mask.size
+        return (observed - places * share * (nnz - 1) / (cells - 1)) / (sqrt(places) * share)
+
+    mask = np.zeros(cells, dtype=bool)
+    mask[index] = True
+    mask = mask.reshape(out, in_)
+    halves = mask.reshape(out, in_ // 2, 2).sum(2)  # aligned pairs of columns: none, one or both
+    return {
+        "rows": counts(row, in_),
+        "columns": counts(column, out),
+        "cells of 16 x 16": counts(row // 16 * (in_ // 16) + column // 16, 256),
+        "cells of 1 x 64": counts(row * (in_ // 64) + column // 64, 64),
+        "parity": (np.count_nonzero((row + column) % 2) - nnz / 2) / sqrt(nnz * (1 - share) / 4),
+        "left and right": pairs(mask[:, 1:], mask[:, :-1]),
+        "above and below": pairs(mask[1:], mask[:-1]),
+        "diagonal": pairs(mask[1:, 1:], mask[:-1, :-1]),
+        "a row apart": pairs(mask[2:], mask[:-2]),
+        "both of a pair": (np.count_nonzero(halves == 2) - halves.size * share**2) / (sqrt(halves.size) * share),
+    }
+
+
+LARGE = [(1024, 1536, 0.05, 0, "a"), (2048, 512, 0.03, 1, "b"), (512, 2048, 0.2, 2, "c"), (4096, 4096, 0.05, 3, "d")]
+
+
+@pytest.mark.parametrize("out, in_, density, seed, name", LARGE)
+def test_large_supports_look_uniform(out, in_, density, seed, name):
+    found = deviations(flat(out, in_, support.nnz_of(density, out, in_), seed, name).numpy(), out, in_)
+    assert max(map(abs, found.values())) < 4.5, found
+
+
+def test_the_statistics_see_what_is_not_uniform():
+    """Samplers that only look random, each caught by the statistic that is there for it."""
+    out, in_, per_row, random = 512, 1024, 51, np.random.default_rng(0)
+    rows = np.arange(out)[:, None]
+    stratified = (rows * in_ + random.random((out, in_)).argsort(1)[:, :per_row]).ravel()  # as many in every row
+    assert deviations(stratified, out, in_)["rows"] < -10
+    width = 16
+    jittered = np.arange(0, out * in_, width) + random.integers(0, width, out * in_ // width)  # one in each stretch
+    found = deviations(jittered, out, in_)
+    assert found["cells of 1 x 64"] < -10 and found["left and right"] < -5
+    skewed = np.unique((random.random(30_000) ** 1.3 * out * in_).astype(int))
+    assert deviations(skewed, out, in_)["rows"] > 10
+    same = (rows * in_ + random.permutation(in_)[:per_row]).ravel()  # the same columns in every row
+    found = deviations(same, out, in_)
+    assert min(found["columns"], found["above and below"], found["a row apart"]) > 100
+    shifted = (rows * in_ + (random.permutation(in_)[:per_row] + rows) % in_).ravel()
+    assert deviations(shifted, out, in_)["diagonal"] > 100
+    even = random.permutation(np.flatnonzero(np.indices((out, in_)).sum(0).ravel() % 2 == 0))[:20_000]
+    assert abs(deviations(even, out, in_)["parity"]) > 100
+
+
+def test_layers_are_independent():
+    """Two layers share as many positions as chance has it, wherever they are shifted."""
+    out, in_, nnz = 512, 1024, 26_214
+    masks = [np.zeros(out * in_, dtype=bool) for _ in range(3)]
+    for mask, (seed, name) in zip(
+        masks, [(0, "model.layers.0"), (0, "model.layers.1"), (1, "model.layers.0")], strict=True
+    ):
+        mask[flat(out, in_, nnz, seed, name).numpy()] = True
+    expected = nnz**2 / (out * in_)
+    for other in masks[1:]:
+        for shift in (0, 1, 7, in_, out * in_ // 2):
+            common = np.count_nonzero(masks[0] & np.roll(other, shift))
+            assert abs(common - expected) / sqrt(expected) < 4.5
+
+
 def test_flat_index_there_and_back():
     index = torch.tensor([17, 3, 11, 0])
     rows, columns, permutation = support.from_flat_index(index, 3, 6)

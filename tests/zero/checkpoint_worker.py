@@ -16,6 +16,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from sltrain_ds.blockwise_adam import BlockwiseAdam
+from sltrain_ds.zero.aligned import partition_aligned
+from sltrain_ds.zero.engine_swap import zero_classes
 from sltrain_ds.zero.safe_load import safe_checkpoint_engine
 
 TAG = "step_00000003"
@@ -78,9 +81,16 @@ def start(stage, precision, kind):
         from bitsandbytes.optim import AdamW8bit
 
         optimizer = AdamW8bit(groups, lr=1e-2, min_8bit_size=256)
+    elif kind == "blockwise":
+        groups[1]["name"] = "norms"
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        optimizer = BlockwiseAdam(groups, lr=1e-2, names=names, stochastic=precision == "bf16all")
+        if stage == 3:
+            partition_aligned(model, config, torch.float32 if precision == "fp32" else torch.bfloat16)
     else:
         optimizer = torch.optim.AdamW(groups, lr=1e-2, fused=True)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    with zero_classes(aligned=kind == "blockwise", clipping=None):
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     return engine
 
 

@@ -25,15 +25,27 @@ def configs(tiny_config):
         "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": 1, "scheduler": None,
         "optimizer__params": {"lr": 0.01, "weight_decay": 0.1},
     }  # fmt: skip
-    return {
-        f"z{stage} {states} {name}": tiny_config(
-            **base, **settings, sltrain__precision__states=states, zero_optimization__stage=stage
-        )
+    variants = {
+        f"z{stage} {states} {name}": {**settings, "zero_optimization__stage": stage}
         for stage in (1, 2, 3)
         for states in ("8bit", "4bit")
         for name, settings in FORMATS.items()
         if name == "stochastic" or (stage > 1 and (states == "8bit" or name == "fp32"))
     }
+    # other ways to lay out and to gather the same
+    variants["z2 8bit fp32 round-robin"] = {
+        "zero_optimization__stage": 2,
+        "zero_optimization__round_robin_gradients": True,
+    }
+    variants["z3 8bit fp32 fine"] = {
+        "zero_optimization__stage": 3,
+        "zero_optimization__stage3_param_persistence_threshold": 20,
+        "zero_optimization__sub_group_size": 1000,
+        "zero_optimization__contiguous_gradients": False,
+    }
+    for name, settings in variants.items():
+        settings["sltrain__precision__states"] = name.split()[1]
+    return {name: tiny_config(**base, **settings) for name, settings in variants.items()}
 
 
 def whole(folder):

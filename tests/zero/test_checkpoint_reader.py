@@ -18,8 +18,9 @@ CASES = {
     2: (
         *("0-fp32-adam", "1-fp32-adam", "2-fp32-adam", "3-fp32-adam"),
         *("1-bf16-adam", "2-bf16-adam8bit", "2-bf16all-adam8bit", "3-bf16-adam8bit", "3-bf16all-adam"),
+        *("1-bf16-blockwise", "2-bf16all-blockwise", "3-bf16-blockwise"),
     ),
-    4: ("3-bf16-adam",),
+    4: ("3-bf16-adam", "3-bf16all-blockwise"),
 }
 
 

@@ -7,6 +7,7 @@ import torch
 from sltrain_ds import checkpoint, models
 from sltrain_ds.config import from_dict
 from sltrain_ds.optim import build_optimizer
+from sltrain_ds.zero.checkpoint_reader import open_checkpoint
 from sltrain_ds.zero.clipping import UnitClipping
 from sltrain_ds.zero.initialize import initialize, partitioner
 from sltrain_ds.zero.start import start
@@ -85,7 +86,9 @@ def test_gradients_are_gone_when_backward_ends(per_layer, stage):
     engine.backward(engine(input_ids=tokens, labels=tokens).loss)
     assert all(p.grad is None for p in engine.module.parameters())
     engine.step()
-    assert all(not torch.equal(a, b) for a, b in zip(before, whole(engine), strict=True))
+    moved = [not torch.equal(a, b) for a, b in zip(before, whole(engine), strict=True)]
+    names = [name for name, _ in engine.module.named_parameters()]
+    assert [name for name, did in zip(names, moved, strict=True) if not did and not name.endswith(".A")] == []
     engine.destroy()
 
 
@@ -101,6 +104,9 @@ def test_resume_is_exact(per_layer, tmp_path, stage, clipping):
     run, engine = engine_of(per_layer(**settings), stage)
     train(engine, run, range(3))
     saved = checkpoint.save(engine, run, 3, 0)
+    names, read = dict(engine.module.named_parameters()), open_checkpoint(saved)  # what export reads
+    for name, weight in zip(names, whole(engine), strict=True):
+        assert torch.equal(read.tensor(name), weight), name
     straight, end = train(engine, run, range(3, 6)), whole(engine)
     engine.destroy()
     run, engine = engine_of(per_layer(**settings), stage)
@@ -162,3 +168,13 @@ def test_a_tight_bound_slows_the_update_of_sgd(per_layer, stage):
     block = [name for name in moved[0.0] if "layers.1." in name]
     assert torch.cat([moved[0.0][name].flatten() for name in block]).norm() > 0.02
     assert float(torch.cat([moved[0.01][name].flatten() for name in block]).norm()) == pytest.approx(0.01, rel=1e-3)
+
+
+def test_the_start_says_what_accumulation_keeps(per_layer, capsys):
+    for batch, said in ((2, False), (8, True)):
+        engine = engine_of(per_layer(train_batch_size=batch))[1]
+        out = capsys.readouterr().out
+        parameters = sum(p.numel() for p in engine.module.parameters())
+        assert "per-layer update: 4 units" in out
+        assert (f"keeps {4 * parameters / 1e6:,.1f} MB" in out) == said, out
+        engine.destroy()

@@ -1,0 +1,77 @@
+// The sum of a tensor's squares, in fp32 within short runs and in fp64 over them: no copy of it in another type, and
+// the same bits for any number of threads.
+
+#include "ops.h"
+
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <vector>
+
+#if defined(__x86_64__) && !defined(__clang__)
+#define EVERY_CPU __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define EVERY_CPU
+#endif
+
+namespace sltrain {
+namespace {
+
+constexpr int64_t kBlock = 1 << 16;  // elements that one thread sums
+constexpr int64_t kRun = 1 << 10;    // of these, in fp32
+constexpr int64_t kLanes = 64;
+
+EVERY_CPU double squares(const float* x, int64_t count) {
+  double total = 0;
+  for (int64_t first = 0; first < count; first += kRun) {
+    float sums[kLanes] = {};
+    const int64_t last = std::min(count, first + kRun), whole = first + (last - first) / kLanes * kLanes;
+    for (int64_t i = first; i < whole; i += kLanes) {
+      for (int64_t j = 0; j < kLanes; ++j) sums[j] += x[i + j] * x[i + j];
+    }
+    for (int64_t i = whole; i < last; ++i) sums[i - whole] += x[i] * x[i];
+    for (int64_t j = 0; j < kLanes; ++j) total += sums[j];
+  }
+  return total;
+}
+
+EVERY_CPU double squares(const at::BFloat16* x, int64_t count) {
+  const uint16_t* bits = reinterpret_cast<const uint16_t*>(x);
+  double total = 0;
+  for (int64_t first = 0; first < count; first += kRun) {
+    const int64_t size = std::min(kRun, count - first);
+    float wide[kRun];
+    for (int64_t i = 0; i < size; ++i) {
+      const uint32_t word = static_cast<uint32_t>(bits[first + i]) << 16;
+      __builtin_memcpy(wide + i, &word, 4);
+    }
+    total += squares(wide, size);
+  }
+  return total;
+}
+
+}  // namespace
+
+double sum_of_squares(const at::Tensor& x) {
+  TORCH_CHECK(x.is_contiguous(), "sum_of_squares: the tensor must be contiguous");
+  TORCH_CHECK(x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16,
+              "sum_of_squares: float32 or bfloat16, not ", x.scalar_type());
+  const int64_t count = x.numel(), blocks = (count + kBlock - 1) / kBlock;
+  std::vector<double> parts(blocks);
+  const auto sum = [&](const auto* data) {
+    at::parallel_for(0, blocks, 4, [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; ++b) parts[b] = squares(data + b * kBlock, std::min(kBlock, count - b * kBlock));
+    });
+  };
+  if (x.scalar_type() == at::kFloat) {
+    sum(x.const_data_ptr<float>());
+  } else {
+    sum(x.const_data_ptr<at::BFloat16>());
+  }
+  double total = 0;
+  for (double part : parts) total += part;
+  return total;
+}
+
+}  // namespace sltrain

@@ -1,0 +1,66 @@
+"""The layer on a GPU: every mode against the reference in float64, and that the kernels are what serves it."""
+
+import pytest
+import torch
+
+from sltrain_ds.bench import calibrate
+from sltrain_ds.bench.op import Shape
+from sltrain_ds.ops import cuda, modes, reference, sltrain_linear, sparse, support
+
+SHAPES = [(64, 512, 512, 128, 0.03), (257, 130, 515, 7, 0.3), (33, 4096, 1024, 64, 0.05), (1, 7, 3, 2, 0.0)]
+
+
+@pytest.mark.parametrize("tokens, in_, out, rank, density", SHAPES)
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("mode", modes.MODES)
+def test_outputs_and_gradients(monkeypatch, tokens, in_, out, rank, density, dtype, bound, mode):
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    rows, columns = support.sample(out, in_, support.nnz_of(density, out, in_), 3, "x")
+    flat = support.to_flat_index(rows, columns, in_).cuda()
+    g = torch.Generator().manual_seed(0)
+    shapes = [(tokens, in_), (rank, in_), (out, rank), (columns.numel(),), (out,)]
+    scales = [1, 1, rank**-0.5, 1, 1]
+    leaves = [(torch.randn(s, generator=g) * k).to("cuda", dtype) for s, k in zip(shapes, scales, strict=True)]
+    x, A, B, values, bias = leaves = [leaf.requires_grad_() for leaf in leaves]
+    dy = torch.randn(tokens, out, generator=g).to("cuda", dtype)
+    y = sltrain_linear.linear(x, A, B, values, rows.cuda(), columns.cuda(), 0.5, bias, mode)
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    expected = reference.linear(*exact[:4], flat, 0.5, exact[4])
+    found = [y, *torch.autograd.grad(y, leaves, dy)]
+    wanted = [expected, *torch.autograd.grad(expected, exact, dy.double())]
+    for one, other in zip(found, wanted, strict=True):
+        assert one.dtype == dtype
+        assert (one.double() - other).norm() <= bound * other.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sparse_moves_go_through_the_kernels(kernels, monkeypatch, dtype):
+    called = []
+    for name in ("scatter_add_", "gather"):
+        kernel = getattr(cuda, name)
+        monkeypatch.setattr(cuda, name, lambda *args, name=name, kernel=kernel: (called.append(name), kernel(*args)))
+    rows, columns = support.sample(300, 257, 4000, 0, "x")
+    index = support.to_flat_index(rows, columns, 257).cuda()
+    rows, columns = rows.cuda(), columns.cuda()
+    values, W = torch.randn(4000, device="cuda", dtype=dtype), torch.zeros(300, 257, device="cuda", dtype=dtype)
+    sparse.scatter_add_(W, rows, columns, values)
+    assert torch.equal(W.double(), reference.dense_sparse(values.double(), index, (300, 257)))
+    out = torch.empty_like(values)
+    sparse.gather(W, rows, columns, out=out)
+    assert torch.equal(out, values) and called == ["scatter_add_", "gather"]
+
+
+def test_other_dtypes_are_pytorchs():
+    rows, columns = support.sample(30, 25, 100, 0, "x")
+    W, values = torch.zeros(30, 25, device="cuda", dtype=torch.float64), torch.ones(100, device="cuda")
+    sparse.scatter_add_(W, rows.cuda(), columns.cuda(), values.double())
+    assert float(W.sum()) == 100
+
+
+def test_calibrate_measures_the_gpu():
+    grid = [(Shape(64 * i, 32 * j, 8, 0.1), 16 * i * j) for i in (1, 2, 3) for j in (1, 2)]
+    found = calibrate.calibrate("cuda", ("bf16",), grid, rounds=2)
+    fitted = {key for key, value in found["constants"].items() if value != modes.load()[key]}
+    assert {key.rpartition(".")[0] for key in fitted} == {
+        f"cuda.bfloat16.{mode}" for mode in ("compose", "keep", "factored_dense")
+    }
