@@ -105,18 +105,28 @@ def _one(run, gpus: int, model: Model) -> Estimate:
     return Estimate(gpus, run.zero_stage, tokens, parameters, sizes, moments)
 
 
-def _in_mode(model: Model, op_mode: str) -> Model:
+def _in_mode(model: Model, op_mode) -> Model:
     """The factored modes save x A^T beside x; "auto" may choose them."""
-    if op_mode in ("factored", "factored_dense", "auto"):
-        return replace(model, kept_width=model.kept_width + model.factor_width)
-    return model
+    modes = {shape: _mode(op_mode, shape) for shape in model.composed}
+    factored = [c for shape, c in model.composed.items() if modes[shape] in ("factored", "factored_dense", "auto")]
+    return replace(model, kept_width=model.kept_width + sum(c.layers * c.rank for c in factored))
 
 
-def _kept_weights(model: Model, op_mode: str, checkpointing: bool) -> int:
-    """Elements of the W that "keep" holds from forward to backward."""
-    if op_mode != "keep":
-        return 0
-    return model.composed // model.shape.layers if checkpointing else model.composed
+def _kept_weights(model: Model, op_mode, checkpointing: bool) -> int:
+    """Elements that "keep" holds from forward to backward, W, and "keep_step" through a step, W and dW."""
+    held = 0
+    for shape, composed in model.composed.items():
+        mode, every = _mode(op_mode, shape), composed.layers * composed.numel
+        if mode == "keep":
+            held += every // model.shape.layers if checkpointing else every
+        elif mode == "keep_step":
+            held += 2 * every
+    return held
+
+
+def _mode(op_mode, shape: str) -> str:
+    """Of the layers of a shape "OUTxIN", from one mode for all or {shape: mode}."""
+    return op_mode if isinstance(op_mode, str) else op_mode.get(shape, "auto")
 
 
 def _recipe(block) -> tuple[int | None, float | None]:
