@@ -163,7 +163,7 @@ def estimate_holds(node: Node) -> str:
 
     measured = _tensors(node.train("eight_bit", EIGHT_BIT))
     expected = estimate(load(node.folder / "eight_bit.json", [], node.ranks, check_files=False)).peak
-    return _near(expected, measured, 0.10)  # activations weigh more in a model as small as this
+    return _near(expected, measured, 0.05)  # 3% in larger models: here activations are half of it
 
 
 def rehearsal_holds(node: Node) -> str:
@@ -206,15 +206,19 @@ def _tensors(lines: list[dict]) -> int:
 
 
 def _same(first: list[dict], second: list[dict], ranks: int) -> str:
-    """The losses of every step and evaluation; to the bit at up to two ranks on the CPU."""
-    a, b = ([line.get("loss", line.get("eval_loss")) for line in lines] for lines in (first, second))
+    """The losses of every step and of the last evaluation; to the bit at up to two ranks on the CPU."""
+    a, b = (_losses(lines) for lines in (first, second))
     if len(a) != len(b) or len(a) < STEPS:
-        raise Failed(f"{len(a)} and {len(b)} lines of metrics")
+        raise Failed(f"{len(a)} and {len(b)} losses")
     off = max(abs(x - y) / abs(x) for x, y in zip(a, b, strict=True))
     allowed = SAME if ranks > 2 or os.environ.get("DS_ACCELERATOR") != "cpu" else 0.0
     if not off <= allowed:
         raise Failed(f"losses differ by {off:.1e} relative ({allowed:.0e} allowed)")
     return f"{len(a)} losses " + ("equal to the bit" if off == 0.0 else f"within {off:.1e}")
+
+
+def _losses(lines: list[dict]) -> list[float]:
+    return [line["loss"] for line in lines if "loss" in line] + [line["eval_loss"] for line in lines[-1:]]
 
 
 def _near(found: int, measured: int, allowed: float) -> str:

@@ -53,7 +53,6 @@ def bench(path, overrides, steps: int, device: str, rows: str = "all", out=None)
     if own.sltrain.method.name != "sltrain":
         raise UserError(f"sltrain.method.name: {path} holds {own.sltrain.method.name!r}; bench memory takes sltrain")
     report = Report("memory", COLUMNS, device, out)
-    report.widths[0] = 44
     for row in [*waterfall(own), *contenders(own)]:
         case = measure(path, data, row, steps, device, run_it=rows == "all" or not row.keys)
         report.add(case, [table_row(case)])
@@ -121,12 +120,12 @@ def measure(path, data: dict, row: Row, steps: int, device: str, run_it: bool = 
         need += galore_bytes(run, Shape.of(run.model_fields)) - expected.bytes["states"]
     paper = FIGURE_3.get(run.sltrain.model.preset, {}).get(row.paper)
     case = {"row": row.name, "keys": row.keys, "estimate": need, "paper": paper, "how": "estimated", "measured": None}
-    room = ROOM * free_bytes(device) - PROCESS[device.split(":")[0]]
+    room = max(0.0, ROOM * free_bytes(device) - PROCESS[device.split(":")[0]])
     if row.runs and run_it and need <= room:
         job = {"config": config, "name": str(path), "steps": steps, "device": device, "naive": row.naive}
         case |= {"how": "run", "measured": in_a_fresh_process(job)}
     elif row.runs and run_it:
-        case["how"] = f"estimated: does not fit {room / 1e9:.1f} GB"
+        case["how"] = f"estimated: {room / 1e9:.1f} GB free"
     return case
 
 

@@ -13,7 +13,16 @@ import torch
 from sltrain_ds import __version__
 from sltrain_ds.files import write_json, write_text
 
-WIDTHS = {"layer": 24, "config": 14, "method": 20, "operator": 20, "optimizer": 16, "elements": 9}  # of their cells
+WIDTHS = {
+    "layer": 24,
+    "config": 14,
+    "method": 20,
+    "operator": 20,
+    "optimizer": 16,
+    "elements": 9,
+    "row": 43,
+    "how": 9,
+}  # of their cells
 PACKAGES = ("torch", "deepspeed", "transformers", "bitsandbytes")
 
 

@@ -1,7 +1,7 @@
 """Every parameter of a LLaMA-class model under a method, from its config alone: no torch, no model."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
@@ -146,6 +146,15 @@ REPLACEMENTS = {
 
 
 @dataclass(frozen=True)
+class Composed:
+    """The layers of one shape whose W is composed: how many, elements of a W, and its rank."""
+
+    layers: int
+    numel: int
+    rank: int
+
+
+@dataclass(frozen=True)
 class Model:
     """The counted model, its tensors in `named_parameters()` order."""
 
@@ -154,8 +163,7 @@ class Model:
     supports: tuple[Support, ...]
     workspace: int  # elements of the largest W that is composed
     kept_width: int  # summed over the layers: what their forward saves beside x, in elements a token
-    composing: tuple["Linear", ...] = ()  # the layers that compute by an op_mode
-    rank: int = 0  # of theirs
+    composed: dict[str, "Composed"] = field(default_factory=dict)  # by shape "OUTxIN", as in sltrain.op_mode
     scores: int = 0  # sequence length where attention saves its weights (eager), else 0
 
     @property
@@ -187,16 +195,15 @@ def count(shape: Shape, method=None) -> Model:
     counted.add("model.norm.weight", (shape.hidden,), "norms")
     if not shape.tied:
         counted.add_linear(Linear("lm_head", shape.vocab, shape.hidden))
-    rank = method.rank if counted.composing else 0
     return Model(shape, tuple(counted.tensors), tuple(counted.supports), counted.workspace, counted.kept_width,
-                 tuple(counted.composing), rank)  # fmt: skip
+                 counted.composed)  # fmt: skip
 
 
 class _Counter:
     def __init__(self, replacement: Replacement | None, method):
         self.replacement, self.method = replacement, method
         self.tensors, self.supports, self.workspace, self.kept_width = [], [], 0, 0
-        self.composing = []
+        self.composed = {}
 
     def add(self, name, shape, group):
         self.tensors.append(Tensor(name, shape, group))
@@ -213,7 +220,9 @@ class _Counter:
             self.kept_width += self.replacement.kept_width(self.method)
             if self.replacement.composes:
                 self.workspace = max(self.workspace, linear.numel)
-                self.composing.append(linear)
+                shape = f"{out}x{inn}"
+                before = self.composed[shape].layers if shape in self.composed else 0
+                self.composed[shape] = Composed(before + 1, linear.numel, self.method.rank)
         if linear.bias:
             self.add(linear.name + ".bias", (out,), "norms")
 

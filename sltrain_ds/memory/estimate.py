@@ -107,20 +107,27 @@ def _one(run, gpus: int, model: Model) -> Estimate:
 
 def _in_mode(model: Model, block) -> Model:
     """The factored modes save x A^T beside x ("auto" may choose them); eager attention saves its weights."""
-    factored = sum(_mode(linear, block.op_mode) in ("factored", "factored_dense", "auto") for linear in model.composing)
+    modes = {shape: _mode(block.op_mode, shape) for shape in model.composed}
+    factored = [c for shape, c in model.composed.items() if modes[shape] in ("factored", "factored_dense", "auto")]
     scores = block.data.sequence_length if block.model.attention == "eager" else 0
-    return replace(model, kept_width=model.kept_width + factored * model.rank, scores=scores)
+    return replace(model, kept_width=model.kept_width + sum(c.layers * c.rank for c in factored), scores=scores)
 
 
 def _kept_weights(model: Model, op_mode, checkpointing: bool) -> int:
-    """Elements of W that "keep" holds from forward to backward, and "keep_step", with the sum of dW, over a step."""
-    keep = sum(linear.numel for linear in model.composing if _mode(linear, op_mode) == "keep")
-    over_the_step = sum(linear.numel for linear in model.composing if _mode(linear, op_mode) == "keep_step")
-    return (keep // model.shape.layers if checkpointing else keep) + 2 * over_the_step
+    """Elements that "keep" holds from forward to backward, W, and "keep_step" through a step, W and dW."""
+    held = 0
+    for shape, composed in model.composed.items():
+        mode, every = _mode(op_mode, shape), composed.layers * composed.numel
+        if mode == "keep":
+            held += every // model.shape.layers if checkpointing else every
+        elif mode == "keep_step":
+            held += 2 * every
+    return held
 
 
-def _mode(linear, op_mode) -> str:
-    return op_mode.get(f"{linear.out_features}x{linear.in_features}", "auto") if isinstance(op_mode, dict) else op_mode
+def _mode(op_mode, shape: str) -> str:
+    """Of the layers of a shape "OUTxIN", from one mode for all or {shape: mode}."""
+    return op_mode if isinstance(op_mode, str) else op_mode.get(shape, "auto")
 
 
 def _recipe(block) -> tuple[int | None, float | None]:

@@ -1,15 +1,15 @@
 """What the per-layer update (zero/unit_update.py) holds on one GPU, in bytes.
 
 Gradients exist for one unit at a time (a transformer block, the embedding, or final norm and head), so the backward
-pass has three places where it can be largest; the categories are those of the largest one:
+pass has a few places where it can be largest; the categories are those of the largest one:
 
     head        the layers' inputs, the loss, the head's gradient
-    last block  the layers' inputs, what the block recomputes, the block's gradients
+    last block  the layers' inputs, what the block recomputes and what passes by in its MLP, or the block's gradients
     embedding   its gradient, when nothing else is left
 
 One rank: gradients are `.grad` alone. N ranks: a bucket of the unit, N partitions, and the gradient that is copied into
 it; a parameter alone in its group is reduced where it lies. Accumulation: the sum so far, w P/N, beside (one rank: it
-is `.grad`). Masters of the weights' dtype are the weights.
+is `.grad`). Masters of the weights' dtype are the weights; for others a group's gradients are cast when it is stepped.
 """
 
 from dataclasses import dataclass
@@ -22,12 +22,14 @@ from sltrain_ds.memory.count import GROUPS, Model
 
 @dataclass(frozen=True)
 class Unit:
-    """`flat`: its elements as partitioned, of all ranks; `parts`: of each group, of one; `gradients`: bytes at most."""
+    """`parts`: elements of each group's partition; `gradients`, `bucket`: bytes of both when the last one arrives;
+    `cast`: of the largest group's gradients in the masters' dtype, where that is another."""
 
     groups: dict[str, list]
-    flat: int
     parts: dict[str, int]
     gradients: int
+    bucket: int
+    cast: int
 
 
 def held_per_layer(model: Model, s: zero.Settings, tokens: int, checkpointing: bool, chunked: bool):
@@ -36,20 +38,17 @@ def held_per_layer(model: Model, s: zero.Settings, tokens: int, checkpointing: b
     parts = sum(sum(unit.parts.values()) for unit in units.values())
     sharded = parts if s.stage == 3 else parts * s.world
     largest = max(sum(unit.parts.values()) for unit in units.values()) * (1 if s.stage == 3 else s.world)
-    whole, gathered = (0, 0) if s.stage != 3 else zero.gathered([t for t in model.tensors], s)
-    accumulated = 0
-    if s.accumulation > 1:
-        accumulated = parts * s.weight
-    gradients, activations = _largest_place(model, units, s, tokens, checkpointing, chunked)
+    whole, gathered = (0, 0) if s.stage != 3 else zero.gathered(model.tensors, s)
+    accumulated = parts * s.weight if s.accumulation > 1 else 0
+    gradients, bucket, activations = _largest_place(model, units, s, tokens, checkpointing, chunked)
     if s.accumulation > 1 and s.world == 1:  # autograd adds into what is counted already
         gradients = max(t.numel for t in model.tensors) * s.weight
-    master = 0 if s.master == s.weight else parts * s.master
     held = zero.Held(
         weights=(sharded + whole) * s.weight,
-        masters=master,
+        masters=0 if s.master == s.weight else parts * s.master,
         states=sum(_states(unit, s) for unit in units.values()),
         gradients=gradients + accumulated,
-        buckets=gathered * s.weight,
+        buckets=bucket + gathered * s.weight,
         step=accumulated,
         init=2 * largest * s.weight if s.stage != 3 or s.world > 1 else largest * s.weight,
     )
@@ -79,13 +78,14 @@ def _unit(groups: dict[str, list], s: zero.Settings) -> Unit:
         parts = {group: zero.flat_numel(tensors, s) // s.world for group, tensors in groups.items()}
     tensors = [t for members in groups.values() for t in members]
     if s.world == 1:
-        gradients = sum(t.numel for t in tensors)
+        gradients, bucket = sum(t.numel for t in tensors), 0
     else:
         alone = [members[0].numel for members in groups.values() if len(members) == 1]
         copied = [t.numel for members in groups.values() if len(members) > 1 for t in members]
         bucket = sum(part * s.world for group, part in parts.items() if len(groups[group]) > 1)
-        gradients = sum(alone) + bucket + max(copied, default=0)
-    return Unit(groups, sum(parts.values()) * s.world, parts, gradients * s.weight)
+        gradients = sum(alone) + max(copied, default=0)
+    cast = max(parts.values()) * s.master if s.master != s.weight else 0
+    return Unit(groups, parts, gradients * s.weight, bucket * s.weight, cast)
 
 
 def _states(unit: Unit, s: zero.Settings) -> int:
@@ -99,17 +99,25 @@ def _states(unit: Unit, s: zero.Settings) -> int:
     return total
 
 
-def _largest_place(model, units, s, tokens, checkpointing, chunked) -> tuple[int, int]:
-    """(gradients, activations) where their sum is largest."""
+def _largest_place(model, units, s, tokens, checkpointing, chunked) -> tuple[int, int, int]:
+    """(gradients, bucket, activations) where their sum is largest."""
     shape, c = model.shape, s.weight
     stream = c * tokens * shape.hidden
     block = act.block(model, tokens, c)
     inputs = shape.layers * (stream if checkpointing else block)
+    block *= checkpointing  # what is recomputed
     loss = act.loss(shape, tokens, c, chunked)
-    blocks = [unit.gradients for name, unit in units.items() if name not in ("head", "embedding")]
+    blocks = [unit for name, unit in units.items() if name not in ("head", "embedding")]
+    largest = max(blocks, key=lambda unit: unit.gradients + unit.bucket)
+    # at its beginning, where the MLP's gradients pass by; at its end, nothing of it left but the gradients
+    passing = c * tokens * 2 * (shape.intermediate + shape.hidden)
+    first = [t.numel for ts in largest.groups.values() for t in ts if ".down_proj." in t.name]
+    head, embedding = units["head"], units["embedding"]
     places = [
-        (units["head"].gradients, inputs + act.head(shape, tokens, c) + loss),
-        (max(blocks), inputs + block * checkpointing),
-        (units["embedding"].gradients, 2 * stream),
+        (head.gradients, head.bucket, inputs + act.head(shape, tokens, c) + loss),
+        (s.weight * max(first, default=0), largest.bucket, inputs + block + passing),
+        (largest.gradients + largest.cast, largest.bucket, inputs + block // 2),
+        (head.gradients + head.cast, head.bucket, inputs + stream),
+        (embedding.gradients + embedding.cast, embedding.bucket, 2 * stream),
     ]
     return max(places, key=sum)
