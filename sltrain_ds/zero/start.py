@@ -2,6 +2,7 @@
 
 import os
 import socket
+from pathlib import Path
 
 import deepspeed
 
@@ -24,6 +25,17 @@ def start() -> None:
     with builder.tools_on_path():
         builder.build_deepspeed_ops()
         deepspeed.init_distributed()
+    _unname_shared_memory()
+
+
+def _unname_shared_memory() -> None:
+    """DeepSpeed's `shm_comm` shares 69 MB a rank between the ranks of a CPU node and never gives it back
+    (csrc/cpu/comm/shm.cpp, 0.19.8): without its names it goes when the last rank does, however that ends.
+    """
+    if deepspeed.comm.get_world_size() > 1:
+        deepspeed.comm.barrier()  # every rank has opened every other's
+    for shared in Path("/dev/shm").glob(f"deepspeed_*_{os.environ['MASTER_PORT']}_{deepspeed.comm.get_rank()}"):
+        shared.unlink(missing_ok=True)
 
 
 def _alone() -> None:
