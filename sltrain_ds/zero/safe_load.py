@@ -19,6 +19,14 @@ from sltrain_ds.errors import UserError
 # Everything beyond tensors and plain containers that DeepSpeed 0.19.8 writes: an int enum, two classes of numbers.
 ALLOWED = (LossScaler, ZeroStageEnum, fragment_address)
 
+
+def _stage(kind, name):
+    """What Python 3.11.0 to 3.11.3 write for a member of an enum is getattr(enum, name); nothing else is looked up."""
+    if kind is not ZeroStageEnum or name not in ZeroStageEnum.__members__:
+        raise UnpicklingError(f"GLOBAL getattr({getattr(kind, '__name__', kind)}, {name!r})")
+    return ZeroStageEnum[name]
+
+
 _torch_load = torch.load
 
 
@@ -34,7 +42,7 @@ def load(path: str | Path, map_location="cpu", mmap: bool = False):
     if not zipfile.is_zipfile(path):
         raise UserError(f"{path}: cut short, or not in the zip format of torch.save")
     try:
-        with torch.serialization.safe_globals(ALLOWED):
+        with torch.serialization.safe_globals([*ALLOWED, (_stage, "builtins.getattr")]):
             return _torch_load(path, map_location=map_location, mmap=mmap, weights_only=True)
     except Exception as error:  # what a broken or hostile file makes the reader raise is open-ended
         refused = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, UnpicklingError) else None

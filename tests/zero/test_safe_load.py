@@ -44,6 +44,18 @@ def test_what_deepspeed_writes_is_loaded(tmp_path):
         assert torch.equal(found["columns"], held["columns"])
 
 
+def test_a_stage_as_python_3_11_0_wrote_it_and_nothing_else_by_getattr(tmp_path):
+    torch.save({"stage": Runs(getattr, ZeroStageEnum, "gradients")}, tmp_path / "stage.pt")
+    assert load(tmp_path / "stage.pt")["stage"] is ZeroStageEnum.gradients
+    for name, call in {
+        "other": Runs(getattr, ZeroStageEnum, "__class__"),
+        "class": Runs(getattr, LossScaler, "cur"),
+    }.items():
+        torch.save({"stage": call}, tmp_path / f"{name}.pt")
+        with pytest.raises(UserError, match=rf"{name}.pt: refused: it holds getattr"):
+            load(tmp_path / f"{name}.pt")
+
+
 @pytest.mark.parametrize("mmap", [False, True])
 def test_a_pickle_that_runs_code_is_refused_unrun(tmp_path, mmap):
     marker = tmp_path / "ran"
