@@ -10,6 +10,7 @@
 #endif
 
 #include "adam8bit.h"
+#include "vector_clones.h"
 
 #include <ATen/core/Tensor.h>
 #include <c10/util/BFloat16.h>
@@ -21,12 +22,6 @@
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
 #define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq")))
-#endif
-
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define VECTOR_CLONES __attribute__((target_clones("default", "avx2", "avx512f")))
-#else
-#define VECTOR_CLONES
 #endif
 
 namespace sltrain {

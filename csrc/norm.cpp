@@ -2,18 +2,13 @@
 // the same bits for any number of threads.
 
 #include "ops.h"
+#include "vector_clones.h"
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 
 #include <algorithm>
 #include <vector>
-
-#if defined(__x86_64__) && !defined(__clang__)
-#define EVERY_CPU __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define EVERY_CPU
-#endif
 
 namespace sltrain {
 namespace {
@@ -22,7 +17,7 @@ constexpr int64_t kBlock = 1 << 16;  // elements that one thread sums
 constexpr int64_t kRun = 1 << 10;    // of these, in fp32
 constexpr int64_t kLanes = 64;
 
-EVERY_CPU double squares(const float* x, int64_t count) {
+VECTOR_CLONES double squares(const float* x, int64_t count) {
   double total = 0;
   for (int64_t first = 0; first < count; first += kRun) {
     float sums[kLanes] = {};
@@ -36,7 +31,7 @@ EVERY_CPU double squares(const float* x, int64_t count) {
   return total;
 }
 
-EVERY_CPU double squares(const at::BFloat16* x, int64_t count) {
+VECTOR_CLONES double squares(const at::BFloat16* x, int64_t count) {
   const uint16_t* bits = reinterpret_cast<const uint16_t*>(x);
   double total = 0;
   for (int64_t first = 0; first < count; first += kRun) {

@@ -3,6 +3,7 @@
 // sample_support gives the same bits as sltrain_ds/ops/support.py, which says what is drawn and why.
 
 #include "ops.h"
+#include "vector_clones.h"
 
 #include <ATen/Dispatch.h>
 #include <ATen/Functions.h>
@@ -14,12 +15,7 @@
 #include <mutex>
 #include <vector>
 
-// Integer code only: every clone gives the same bits, and the build stays portable between the nodes of a cluster.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define VECTOR_CLONES __attribute__((target_clones("default", "avx2", "avx512f")))
-#else
-#define VECTOR_CLONES
-#endif
+// VECTOR_CLONES: integer code only, so every clone gives the same bits.
 
 namespace sltrain {
 namespace {

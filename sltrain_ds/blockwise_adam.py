@@ -34,7 +34,7 @@ class BlockwiseAdam(torch.optim.Optimizer):
     """Adam (`decoupled` false) or AdamW with block-wise quantised moments; Dettmers et al., arXiv 2110.02861.
 
     `params` are parameters or groups; a group named "norms" keeps 32-bit states, any group may say so by "states":
-    "32bit"` `names`: {parameter: its canonical name}, from which the noise keys come. Parameters are float32 or
+    "32bit". `names`: {parameter: its canonical name}, from which the noise keys come. Parameters are float32 or
     bfloat16, gradients either of both; `stochastic` rounds bfloat16 parameters stochastically, with noise keyed by
     (`seed`, step, name, element), else they are rounded to nearest.
 

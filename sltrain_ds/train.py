@@ -96,18 +96,12 @@ def _device(world_size: int) -> str:
 
 
 def _describe(run, model, data) -> str:
-    from sltrain_ds.memory.per_layer import accumulation_bytes
-
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
-    line = (
+    return (
         f"{run.sltrain.method.name}, {parameters / 1e6:.2f}M parameters, ZeRO-{run.zero_stage}, "
         f"{run.world_size} rank(s) x {run.micro_batch_size} sequences x {run.accumulation} micro-batches; an epoch is "
         f"{data.num_sequences:,} sequences of {data.sequence_length} tokens, {data.dropped_tokens} tail tokens dropped"
     )
-    if run.sltrain.per_layer_update and run.accumulation > 1:
-        cost = accumulation_bytes(run, parameters) / 1e9
-        line += f"\ngradient accumulation beside per_layer_update holds {cost:.2f} GB a rank until the step"
-    return line
 
 
 def _parse(argv):

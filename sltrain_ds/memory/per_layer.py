@@ -13,7 +13,6 @@ is `.grad`). Masters of the weights' dtype are the weights; for others a group's
 """
 
 from dataclasses import dataclass
-from math import ceil
 
 from sltrain_ds.memory import activations as act
 from sltrain_ds.memory import zero
@@ -53,12 +52,6 @@ def held_per_layer(model: Model, s: zero.Settings, tokens: int, checkpointing: b
         init=2 * largest * s.weight if s.stage != 3 or s.world > 1 else largest * s.weight,
     )
     return held, activations
-
-
-def accumulation_bytes(run, parameters: int) -> int:
-    """What gradient accumulation costs a rank under the per-layer update: the sum of micro-batches, w P/N."""
-    weight = 2 if run.bf16 else 4
-    return weight * ceil(parameters / run.world_size) if run.accumulation > 1 else 0
 
 
 def _by_unit(model: Model) -> dict[str, dict[str, list]]:

@@ -12,8 +12,9 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from sltrain_ds.ops import sltrain_linear, sparse
+from sltrain_ds.ops import sltrain_linear
 from sltrain_ds.ops.gemm import column_sum_, gemm_
+from sltrain_ds.ops.sltrain_linear import as_matrix
 
 
 class Held:
@@ -86,7 +87,7 @@ class _Held(torch.autograd.Function):
         ctx.save_for_backward(x, A, B, values, rows, columns) if held.last else ctx.save_for_backward(x)
         ctx.held, ctx.last, ctx.scaling, ctx.bias = held, held.last, scaling, None if bias is None else bias.dtype
         y = x.new_empty(*x.shape[:-1], held.W.shape[0])
-        gemm_(_matrix(y), _matrix(x), held.W.t(), bias=None if bias is None else bias.to(x.dtype))
+        gemm_(as_matrix(y), as_matrix(x), held.W.t(), bias=None if bias is None else bias.to(x.dtype))
         return y
 
     @staticmethod
@@ -97,26 +98,17 @@ class _Held(torch.autograd.Function):
             raise RuntimeError("keep_step: the backward pass must run within the step of its forward pass")
         need_x, need_A, need_B, need_values, need_bias = ctx.needs_input_grad[:5]
         dx = dA = dB = dvalues = dbias = None
-        flat_dy, flat_x = _matrix(dy), _matrix(x)
+        flat_dy, flat_x = as_matrix(dy), as_matrix(x)
         if need_x:
             dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-            gemm_(_matrix(dx), flat_dy, held.W)
+            gemm_(as_matrix(dx), flat_dy, held.W)
         if need_bias:
             dbias = column_sum_(dy.new_empty(dy.shape[-1], dtype=ctx.bias), flat_dy)
         held.add(flat_dy, flat_x)
         if ctx.last:
-            (A, B, values, rows, columns), dW = last, held.dW
-            if need_values:
-                dvalues = torch.empty_like(values)
-                sparse.gather(dW, rows, columns, out=dvalues)
-            if need_A:
-                dA = gemm_(torch.empty_like(A), B.to(dW.dtype).t(), dW, ctx.scaling)
-            if need_B:
-                dB = gemm_(torch.empty_like(B), dW, A.to(dW.dtype).t(), ctx.scaling)
+            A, B, values, rows, columns = last
+            needs = need_A, need_B, need_values
+            dA, dB, dvalues = (torch.empty_like(t) if n else None for t, n in zip((A, B, values), needs, strict=True))
+            sltrain_linear.project(held.dW, A, B, rows, columns, ctx.scaling, needs, (dA, dB, dvalues))
             held.summed = False  # a layer that is used twice begins anew: the projection is linear
         return dx, dA, dB, dvalues, dbias, None, None, None, None
-
-
-def _matrix(x):
-    """(tokens, features), contiguous"""
-    return x.reshape(-1, x.shape[-1]).contiguous()

@@ -82,7 +82,7 @@ def _forward(
     mode: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(y, what the mode keeps for the backward: W, u, or nothing)"""
-    flat, dtype = _matrix(x), x.dtype
+    flat, dtype = as_matrix(x), x.dtype
     bias = None if bias is None else bias.to(dtype)
     y, kept = _outputs(x, A, B, mode)
     flat_y = y.view(-1, B.shape[0])
@@ -131,29 +131,34 @@ def _gradients(
     need_bias: bool,
 ) -> list[torch.Tensor]:
     grads = _gradient_buffers(x, A, B, values, need_x, need_A, need_B, need_values, need_bias)
-    needs, dy = (need_x, need_A, need_B, need_values), _matrix(dy)
+    needs, dy = (need_x, need_A, need_B, need_values), as_matrix(dy)
     if any(needs):
         backward = _backward_of_W if mode in ("compose", "keep") else _backward_of_factors
-        backward(dy, _matrix(x), A, B, values, rows, columns, kept, scaling, mode, needs, grads[:4])
+        backward(dy, as_matrix(x), A, B, values, rows, columns, kept, scaling, mode, needs, grads[:4])
     if need_bias:
         column_sum_(grads[4], dy)
     return grads
 
 
 def _backward_of_W(dy, x, A, B, values, rows, columns, kept, scaling, mode, needs, grads):
-    (dx, dA, dB, dvalues), (need_x, need_A, need_B, need_values) = grads, needs
-    dtype = x.dtype
-    if need_x:
+    dx, dtype = grads[0], x.dtype
+    if needs[0]:
         W = kept if mode == "keep" else compose(A, B, values, rows, columns, scaling, dtype)
         gemm_(dx.view(x.shape), dy, W)
-    if need_A or need_B or need_values:
+    if any(needs[1:]):
         dW = gemm_(workspace.take(B.shape[0], A.shape[1], dtype, x.device), dy.t(), x)
-        if need_values:
-            sparse.gather(dW, rows, columns, out=dvalues)
-        if need_A:
-            gemm_(dA, B.to(dtype).t(), dW, scaling)
-        if need_B:
-            gemm_(dB, dW, A.to(dtype).t(), scaling)
+        project(dW, A, B, rows, columns, scaling, needs[1:], grads[1:])
+
+
+def project(dW, A, B, rows, columns, scaling, needs, grads):
+    """dA = s B^T dW, dB = s dW A^T and dS = dW on the support (paper, section 3.3), written to `grads` where needed."""
+    (dA, dB, dvalues), (need_A, need_B, need_values) = grads, needs
+    if need_values:
+        sparse.gather(dW, rows, columns, out=dvalues)
+    if need_A:
+        gemm_(dA, B.to(dW.dtype).t(), dW, scaling)
+    if need_B:
+        gemm_(dB, dW, A.to(dW.dtype).t(), scaling)
 
 
 def _backward_of_factors(dy, x, A, B, values, rows, columns, u, scaling, mode, needs, grads):
@@ -188,7 +193,7 @@ def _(dy, x, A, B, values, rows, columns, kept, scaling, mode, need_x, need_A, n
     return _gradient_buffers(x, A, B, values, need_x, need_A, need_B, need_values, need_bias)
 
 
-def _matrix(x):
+def as_matrix(x):
     """(tokens, features), contiguous"""
     return x.reshape(-1, x.shape[-1]).contiguous()
 

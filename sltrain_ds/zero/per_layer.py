@@ -62,16 +62,6 @@ class PerLayerZero2(UnitUpdate, DeepSpeedZeroOptimizer):
         """When a gradient has arrived."""
         self.arrived(param, i)
 
-    def independent_gradient_partition_epilogue(self):
-        """After backward."""
-        self.wait_for_updates()
-        self._epilogue_ran_this_backward = True
-
-    def clear_backward_seen_flag(self):
-        """Before every forward."""
-        self.close_micro_batch()
-        super().clear_backward_seen_flag()
-
     def _lazy_init_hp_params_optimizer_state(self):
         """After a group's step. States belong to pieces, so partitions have none to link."""
 

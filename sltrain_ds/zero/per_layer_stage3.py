@@ -88,16 +88,6 @@ class PerLayerZero3(UnitUpdate, DeepSpeedZeroOptimizer_Stage3):
         """When a gradient has arrived."""
         self.arrived(param, self._where[param][0])
 
-    def independent_gradient_partition_epilogue(self):
-        """After backward."""
-        self.wait_for_updates()
-        self._epilogue_ran_this_backward = True
-
-    def clear_backward_seen_flag(self):
-        """Before every forward."""
-        self.close_micro_batch()
-        super().clear_backward_seen_flag()
-
     def _optimizer_step(self, sub_group_id):
         group = self.optimizer.param_groups[self.group_of(sub_group_id)]
         group["params"] = [piece.master for piece in self.pieces[sub_group_id]]

@@ -52,8 +52,8 @@ class UnitUpdate:
 
     The class it is mixed into says what there is: `groups`, `partitions`, `owned`, `group_of(i)` (a group's index among
     the inner optimizer's), `cut(i)` (what this rank owns of a group) and `place` (where a gradient lies in a bucket).
-    It calls `start_units` at the end of its construction, `arrived` when a gradient has, `close_micro_batch` before
-    every forward and `step_units` in `step()`.
+    It calls `start_units` at the end of its construction, `arrived` when a gradient has and `step_units` in `step()`.
+    Put this before DeepSpeed's class.
 
     A gradient that is not finite has been stepped by when the norm is known: no step can be skipped here.
     """
@@ -136,6 +136,18 @@ class UnitUpdate:
             unit.stepped = False
         self.wait_for_updates()
         return self.clipping.end_step()
+
+    # -- what DeepSpeed calls, at either stage -----------------------------------------------------------------------
+
+    def independent_gradient_partition_epilogue(self):
+        """After backward."""
+        self.wait_for_updates()
+        self._epilogue_ran_this_backward = True
+
+    def clear_backward_seen_flag(self):
+        """Before every forward."""
+        self.close_micro_batch()
+        super().clear_backward_seen_flag()
 
     # -- average over the ranks ------------------------------------------------------------------------------------
 

@@ -9,7 +9,6 @@ import pytest
 
 from sltrain_ds.config import from_dict
 from sltrain_ds.memory.estimate import estimate
-from sltrain_ds.memory.per_layer import accumulation_bytes
 
 MODEL = {
     "vocab_size": 512, "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -66,7 +65,5 @@ def test_accumulation_costs_a_shard_of_the_gradients():
     for world in (1, 4):
         one, four = (from_dict(config(world, 2, n), world_size=world) for n in (1, 4))
         parameters = sum(estimate(one).parameters.values())
-        assert accumulation_bytes(one, parameters) == 0
-        assert accumulation_bytes(four, parameters) == pytest.approx(2 * parameters / world, abs=2)
         more = estimate(four).moments["step"] - estimate(one).moments["step"]
         assert more == pytest.approx(2 * parameters / world, rel=0.01)
