@@ -13,14 +13,17 @@ from sltrain_ds.ops import modes, support, workspace
 # (shape, tokens): small and large, wide and tall, thin and thick factors, so that no two terms grow alike
 CPU_GRID = [
     (Shape(256, 256, 64), 1024),
+    (Shape(256, 256, 64), 8192),
     (Shape(256, 512, 32, 0.1), 128),
     (Shape(512, 512, 128), 256),
     (Shape(512, 512, 128), 1024),
     (Shape(512, 512, 64, 0.1), 2048),
+    (Shape(512, 512, 128), 8192),
     (Shape(1376, 512, 128), 1024),
     (Shape(512, 1376, 256, 0.01), 512),
     (Shape(768, 2048, 256), 256),
     (Shape(1024, 1024, 256), 1024),
+    (Shape(1024, 1024, 256), 4096),
     (Shape(1024, 1024, 64, 0.1), 512),
     (Shape(2048, 2048, 512), 128),
     (Shape(2048, 2048, 512), 1024),
