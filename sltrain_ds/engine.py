@@ -2,7 +2,7 @@
 
 from sltrain_ds import models
 from sltrain_ds.loss import use_chunked_loss
-from sltrain_ds.memory.malloc import give_back_large_blocks
+from sltrain_ds.memory.malloc import give_back_holes, give_back_large_blocks
 from sltrain_ds.memory.meter import Meter
 from sltrain_ds.zero.agree_on_modes import agree_on_modes
 from sltrain_ds.zero.initialize import initialize, partitioner
@@ -23,4 +23,5 @@ def make_engine(run, device):
     run = agree_on_modes(model, run, device)
     engine, *_ = initialize(model=model, config=run)
     meter.begin(engine)
+    give_back_holes()
     return engine, meter, run
