@@ -9,7 +9,8 @@ begins. Gradients of the whole model never exist at once. Where they are until t
 * Several ranks: copied into a bucket of the unit's size, which lies as the partitions do: one reduce-scatter for each
   group, in place. A parameter alone in its group (embedding, head) needs no bucket: its `.grad` is reduced in place.
 * Gradient accumulation: several ranks add what they own of each micro-batch into a shard, 1/N of the gradients, which
-  lives until the step; one rank lets autograd add in `.grad`. Without accumulation there is neither.
+  lives until the step; one rank lets autograd add in `.grad`. Without accumulation there is neither. What counts is
+  whether a step ends with this backward pass, not how many the config says: the engine may be told otherwise.
 """
 
 from contextlib import contextmanager
@@ -69,8 +70,8 @@ class UnitUpdate:
         self.rank = dist.get_rank(group=self.dp_process_group)
         self.clipping = UnitClipping(clipping, self.clip_grad, self.dp_process_group, self.device)
         self.pieces = [self._pieces(i) for i in range(len(self.groups))]
-        self.reduced: dict[int, torch.Tensor] = {}  # group -> averaged gradient of this rank's partition
-        self.shards: dict[int, torch.Tensor] = {}  # group -> the same, summed over micro-batches so far
+        # group -> averaged gradient of this rank's partition, summed over the step's micro-batches so far
+        self.reduced: dict[int, torch.Tensor] = {}
         units: dict[str, Unit] = {}
         for i, group in enumerate(self.groups):
             name = unit_of(self.optimizer.param_groups[self.group_of(i)])
@@ -163,27 +164,29 @@ class UnitUpdate:
         return unit.bucket[before : before + sizes[i]]
 
     def _reduce(self, unit: Unit) -> None:
-        """Average a unit's gradients in place; what this rank owns of them goes to `reduced`, or is accumulated."""
+        """Average a unit's gradients in place; what this rank owns of them is added to `reduced`."""
         with self._beside():
             for i in unit.groups:
                 if self._bypasses(i):
                     parameter = self.groups[i][0]
                     if parameter.grad is not None:
                         self._keep(parameter.grad)
-                        self.reduced[i] = self._scatter(parameter.grad.reshape(-1), self.partitions[i].numel())
+                        self._add(i, self._scatter(parameter.grad.reshape(-1), self.partitions[i].numel()))
                         parameter.grad = None
                     continue
                 lane = self._lane(unit, i)
                 for parameter in self.groups[i]:
                     if parameter in unit.missing:
                         self.place(lane, i, parameter, lane.new_zeros(()))
-                self.reduced[i] = self._scatter(lane, self.partitions[i].numel())
+                self._add(i, self._scatter(lane, self.partitions[i].numel()))
             unit.bucket = None
-            if self.gradient_accumulation_steps > 1:
-                for i in unit.groups:
-                    if i in self.reduced:
-                        new = self.reduced.pop(i)
-                        self.shards[i] = self.shards[i].add_(new) if i in self.shards else new.clone()
+
+    def _add(self, i: int, new: torch.Tensor) -> None:
+        """Add this rank's slice of a gradient to what is there; one that outlives backward is no slice of a bucket."""
+        if i in self.reduced:
+            self.reduced[i].add_(new)
+        else:
+            self.reduced[i] = new if self.is_gradient_accumulation_boundary() else new.clone()
 
     def _scatter(self, gradient: torch.Tensor, size: int) -> torch.Tensor:
         """This rank's slice, `size` long unless it reaches the end, of a gradient that is averaged in place."""
@@ -223,7 +226,7 @@ class UnitUpdate:
                 torch.zeros_like(piece.master, dtype=self.dtype) if gradient is None else gradient.reshape(-1)
                 for piece, gradient in zip(self.pieces[i], whole, strict=True)
             ]
-        own = (self.shards if self.gradient_accumulation_steps > 1 else self.reduced).pop(i, None)
+        own = self.reduced.pop(i, None)
         if own is None:
             return [torch.zeros_like(piece.master, dtype=self.dtype) for piece in self.pieces[i]]
         return [own[piece.offset :][: piece.master.numel()] for piece in self.pieces[i]]

@@ -40,6 +40,7 @@ class Zero(UnitUpdate):
         )
         self.start_units("global")
         self.side_stream = Stream("side", log) if on_side else None
+        self.boundary = True
 
     def group_of(self, i):
         return i
@@ -57,7 +58,7 @@ class Zero(UnitUpdate):
         lane[begin : begin + parameter.numel()].copy_(gradient)
 
     def is_gradient_accumulation_boundary(self):
-        return True
+        return self.boundary
 
     def _optimizer_step(self, i):
         self.note("step")
@@ -136,3 +137,13 @@ def test_a_second_backward_is_told_apart(play):
         backward(zero)
     zero.close_micro_batch()
     backward(zero)
+
+
+def test_micro_batches_add_up_however_many_the_config_says(play):
+    """`set_gradient_accumulation_boundary` and `set_train_batch_size` change it under way."""
+    zero, _ = play(on_side=False)
+    for zero.boundary in (False, False, True):
+        zero.close_micro_batch()
+        backward(zero)
+    for flat in zero.flat:
+        assert torch.equal(flat[: len(flat) // WORLD], torch.full((len(flat) // WORLD,), 1 - 3 * 0.5))
