@@ -107,6 +107,11 @@ class UnitUpdate:
                 f"{self.param_names[parameter]}: a second gradient since the last forward; with "
                 "sltrain.per_layer_update each forward pass has one backward pass, before the next forward"
             )
+        if unit.stepped:
+            raise RuntimeError(
+                f"{self.param_names[parameter]}: a gradient after this step's update; with sltrain.per_layer_update "
+                "call engine.step() after each backward pass, and accumulate by gradient_accumulation_steps"
+            )
         if self.world > 1 and not self._bypasses(i):
             with self._beside(parameter.grad):
                 self.place(self._lane(unit, i), i, parameter, parameter.grad.reshape(-1))

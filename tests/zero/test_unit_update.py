@@ -136,6 +136,9 @@ def test_a_second_backward_is_told_apart(play):
     with pytest.raises(RuntimeError, match="p0: a second gradient since the last forward"):
         backward(zero)
     zero.close_micro_batch()
+    with pytest.raises(RuntimeError, match=r"p0: a gradient after this step's update; .* call engine.step\(\)"):
+        backward(zero)
+    zero.step_units()
     backward(zero)
 
 
