@@ -21,6 +21,7 @@ from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from torch.nn import Parameter
 
+from sltrain_ds.errors import UserError
 from sltrain_ds.zero.clipping import UnitClipping
 from sltrain_ds.zero.units import adopt, unit_of
 
@@ -79,6 +80,21 @@ class UnitUpdate:
             units[name].missing.update(group)
         self.units = list(units.values())
         self._unit_of = {i: unit for unit in self.units for i in unit.groups}
+
+    def resume_units(self, saved: dict) -> None:
+        """What a checkpoint has for the update; and nothing stays of a step that was begun and not finished."""
+        if LAST_NORM not in saved:
+            raise UserError(
+                "sltrain.per_layer_update: true, but the checkpoint was written without it; set it to false, or load "
+                "the weights alone (load_module_only=True)"
+            )
+        self.clipping.start_step(saved[LAST_NORM])
+        self.reduced.clear()
+        for unit in self.units:
+            unit.bucket, unit.stepped = None, False
+            unit.missing = {parameter for i in unit.groups for parameter in self.groups[i]}
+            for parameter in unit.missing:
+                parameter.grad = None
 
     def describe(self) -> str:
         """A line for the start of a run: what gradients will take."""
