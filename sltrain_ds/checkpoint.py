@@ -74,7 +74,8 @@ def with_its_modes(run, path: Path | None):
 def resume(engine, run, path: Path) -> tuple[int, int]:
     """Load weights, optimizer and schedule from `path`; returns (step, tokens) done. Raises `UserError`.
 
-    Rates, betas, eps and weight decay are the config's, not the checkpoint's: a resumed run may change them.
+    Rates, betas, eps, weight decay and gradient_clipping are the config's, not the checkpoint's: a resumed run may
+    change them.
     """
     state = read_state(path)
     _check_it_fits(state, run, path)
@@ -89,6 +90,8 @@ def resume(engine, run, path: Path) -> tuple[int, int]:
         raise UserError(f"{path}: DeepSpeed found no checkpoint files there; choose another checkpoint")
     for group, own in zip(engine.optimizer.param_groups, chosen, strict=True):
         group.update({key: own[key] for key in ("lr", "betas", "eps", "weight_decay")})
+    if engine.zero_optimization():  # stages 1 and 2 have taken the checkpoint's
+        engine.optimizer.clip_grad = engine.gradient_clipping()
     if engine.lr_scheduler is not None:
         engine.lr_scheduler.step(engine.lr_scheduler.last_batch_iteration)  # the config's rate at this step
     return state["step"], state["tokens"]
