@@ -43,8 +43,9 @@ def save(engine, run, step: int, tokens: int) -> Path:
 
 
 def complete(folder: Path) -> list[Path]:
-    """The complete checkpoints of a folder, oldest first; those a crash cut short are not among them."""
-    return sorted(path.parent for path in folder.glob(f"step_*/{STATE_FILE}"))
+    """The complete checkpoints of a folder, oldest first; those a crash cut short and copies are not among them."""
+    found = [path.parent for path in folder.glob(f"step_*/{STATE_FILE}")]
+    return sorted(path for path in found if path.name.removeprefix("step_").isdigit())
 
 
 def find(which: str, run) -> Path:
