@@ -204,6 +204,7 @@ class UnitUpdate:
 
     def _add(self, i: int, new: torch.Tensor) -> None:
         """Add this rank's slice of a gradient to what is there; one that outlives backward is no slice of a bucket."""
+        new = new.to(self.dtype)  # communication_data_type may be another
         if i in self.reduced:
             self.reduced[i].add_(new)
         else:

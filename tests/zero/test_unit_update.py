@@ -150,3 +150,13 @@ def test_micro_batches_add_up_however_many_the_config_says(play):
         backward(zero)
     for flat in zero.flat:
         assert torch.equal(flat[: len(flat) // WORLD], torch.full((len(flat) // WORLD,), 1 - 3 * 0.5))
+
+
+def test_what_is_kept_has_the_weights_dtype_however_it_is_sent(play):
+    zero, _ = play(on_side=False)
+    zero.communication_data_type, zero.boundary = torch.float64, False
+    for _ in range(2):
+        zero.close_micro_batch()
+        backward(zero)
+    assert [own.dtype for own in zero.reduced.values()] == [torch.float32] * 2
+    assert all(torch.equal(own, torch.ones_like(own)) for own in zero.reduced.values())
