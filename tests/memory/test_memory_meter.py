@@ -2,12 +2,14 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 torch = pytest.importorskip("torch")
 
 from sltrain_ds.memory.gauge import Gauge, resident  # noqa: E402
+from sltrain_ds.memory.meter import Meter  # noqa: E402
 from sltrain_ds.ops import builder  # noqa: E402
 
 
@@ -55,6 +57,18 @@ def test_without_the_ops_the_resident_set_serves():
 def test_the_peak_of_the_resident_set_is_no_less_than_it():
     now, most = resident()
     assert 0 < now <= most
+
+
+def test_a_gradient_that_micro_batches_add_to_counts_once():
+    model = torch.nn.Linear(300, 200, bias=False)
+    engine = SimpleNamespace(module=model, optimizer=None, basic_optimizer=torch.optim.SGD(model.parameters()))
+    meter = Meter("cpu")
+    meter.watch(model)
+    meter.begin(engine)
+    for _ in range(3):
+        meter.enter("backward")
+        model(torch.ones(2, 300)).sum().backward()
+    assert meter.read()["gradients"] == model.weight.nbytes
 
 
 def test_a_run_writes_and_prints_where_its_memory_goes(train):
