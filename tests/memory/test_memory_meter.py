@@ -65,9 +65,10 @@ def test_a_gradient_that_micro_batches_add_to_counts_once():
     meter = Meter("cpu")
     meter.watch(model)
     meter.begin(engine)
-    for _ in range(3):
+    for rows in (2, 500, 1000):  # each a new high, at which is counted
         meter.enter("backward")
-        model(torch.ones(2, 300)).sum().backward()
+        batch = torch.ones(rows, 300)
+        model(batch).sum().backward()
     assert meter.read()["gradients"] == model.weight.nbytes
 
 
