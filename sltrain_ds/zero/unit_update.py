@@ -74,11 +74,12 @@ class UnitUpdate:
         # group -> averaged gradient of this rank's partition, summed over the step's micro-batches so far
         self.reduced: dict[int, torch.Tensor] = {}
         units: dict[str, Unit] = {}
-        for i, group in enumerate(self.groups):
+        for i in range(len(self.groups)):
             name = unit_of(self.optimizer.param_groups[self.group_of(i)])
             units.setdefault(name, Unit(name)).groups.append(i)
-            units[name].missing.update(group)
         self.units = list(units.values())
+        for unit in self.units:
+            self._await_all(unit)
         self._unit_of = {i: unit for unit in self.units for i in unit.groups}
 
     def resume_units(self, saved: dict) -> None:
@@ -92,7 +93,7 @@ class UnitUpdate:
         self.reduced.clear()
         for unit in self.units:
             unit.bucket, unit.stepped = None, False
-            unit.missing = {parameter for i in unit.groups for parameter in self.groups[i]}
+            self._await_all(unit)
             for parameter in unit.missing:
                 parameter.grad = None
 
@@ -145,7 +146,10 @@ class UnitUpdate:
             some = unit.bucket is not None or any(p.grad is not None for i in unit.groups for p in self.groups[i])
             if unit.missing and self.world > 1 and some:
                 self._reduce(unit)
-            unit.missing = {parameter for i in unit.groups for parameter in self.groups[i]}
+            self._await_all(unit)
+
+    def _await_all(self, unit: Unit) -> None:
+        unit.missing = {parameter for i in unit.groups for parameter in self.groups[i]}
 
     def step_units(self) -> torch.Tensor:
         """What is left to the step: units with parameters that got no gradient (stepped with zeros, as stock ZeRO
