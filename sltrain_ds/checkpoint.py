@@ -43,8 +43,9 @@ def save(engine, run, step: int, tokens: int) -> Path:
 
 
 def complete(folder: Path) -> list[Path]:
-    """The complete checkpoints of a folder, oldest first; those a crash cut short are not among them."""
-    return sorted(path.parent for path in folder.glob(f"step_*/{STATE_FILE}"))
+    """The complete checkpoints of a folder, oldest first; those a crash cut short and copies are not among them."""
+    found = [path.parent for path in folder.glob(f"step_*/{STATE_FILE}")]
+    return sorted(path for path in found if path.name.removeprefix("step_").isdigit())
 
 
 def find(which: str, run) -> Path:
@@ -74,7 +75,8 @@ def with_its_modes(run, path: Path | None):
 def resume(engine, run, path: Path) -> tuple[int, int]:
     """Load weights, optimizer and schedule from `path`; returns (step, tokens) done. Raises `UserError`.
 
-    Rates, betas, eps and weight decay are the config's, not the checkpoint's: a resumed run may change them.
+    Rates, betas, eps, weight decay and gradient_clipping are the config's, not the checkpoint's: a resumed run may
+    change them.
     """
     state = read_state(path)
     _check_it_fits(state, run, path)
@@ -89,6 +91,8 @@ def resume(engine, run, path: Path) -> tuple[int, int]:
         raise UserError(f"{path}: DeepSpeed found no checkpoint files there; choose another checkpoint")
     for group, own in zip(engine.optimizer.param_groups, chosen, strict=True):
         group.update({key: own[key] for key in ("lr", "betas", "eps", "weight_decay")})
+    if engine.zero_optimization():  # stages 1 and 2 have taken the checkpoint's
+        engine.optimizer.clip_grad = engine.gradient_clipping()
     if engine.lr_scheduler is not None:
         engine.lr_scheduler.step(engine.lr_scheduler.last_batch_iteration)  # the config's rate at this step
     return state["step"], state["tokens"]

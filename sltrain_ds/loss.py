@@ -9,8 +9,18 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from sltrain_ds.data.dataset import IGNORED
+from sltrain_ds.errors import UserError
 
 CHUNK_BYTES = 16 << 20  # of fp32 logits; half as much in the weights' dtype lives beside them
+
+# what models do to the head's logits, or add to their loss, outside of the head: config key -> values that do nothing
+_BESIDE_THE_HEAD = {
+    "final_logit_softcapping": (None,),  # Gemma 2 and 3
+    "logits_scaling": (None, 1),  # Granite
+    "logit_scale": (None, 1),  # Cohere
+    "lm_head_multiplier": (None, 1),  # Falcon-H1
+    "output_router_logits": (None, False),  # mixtures of experts add a loss of their routers
+}
 
 
 def use_chunked_loss(model) -> None:
@@ -18,8 +28,16 @@ def use_chunked_loss(model) -> None:
 
     `model` is a `transformers` causal LM. A chunk has at most CHUNK_BYTES of fp32 logits and is computed again in the
     backward pass, where the head's gradient grows in one buffer. The call and the value stay those of transformers'
-    own loss; logits are returned only where no labels are given.
+    own loss, but that `labels` and what else is not `input_ids` are given by name; logits are returned only where no
+    labels are given. Raises `UserError` for a model whose logits or loss are not its head's alone.
     """
+    for key, harmless in _BESIDE_THE_HEAD.items():
+        value = getattr(model.config.get_text_config(), key, None)
+        if value not in harmless:
+            raise UserError(
+                f'sltrain.loss: "chunked" takes the logits as the head gives them, but {type(model).__name__} has '
+                f'{key} {value}; set "full"'
+            )
     whole, head = model.forward, model.get_output_embeddings()
     plain = type(head) is nn.Linear and head.bias is None
     if plain:
@@ -31,7 +49,7 @@ def use_chunked_loss(model) -> None:
 
         head.forward = types.MethodType(head_forward, head)
 
-    def forward(self, input_ids=None, labels=None, num_items_in_batch=None, **inputs):
+    def forward(self, input_ids=None, *, labels=None, num_items_in_batch=None, **inputs):
         if labels is None:
             return whole(input_ids=input_ids, **inputs)
         hidden = self.get_decoder()(input_ids=input_ids, **inputs).last_hidden_state.flatten(0, 1)

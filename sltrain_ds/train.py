@@ -118,16 +118,19 @@ def _check_run_dir(run, args) -> None:
     """Nothing of an earlier run is overwritten or left to mix with this one, unless asked for with --overwrite."""
     if int(os.environ.get("RANK", 0)):
         return
-    keep = 0
+    written = [path for path in run.checkpoint_dir.glob("step_*") if path.name.removeprefix("step_").isdigit()]
+    keep, later = 0, written
     if args.resume:
         from sltrain_ds import checkpoint
 
         keep = checkpoint.read_state(checkpoint.find(args.resume, run))["step"]
-    later = [path for path in run.checkpoint_dir.glob("step_*") if int(path.name.removeprefix("step_")) > keep]
+        later = [path for path in written if int(path.name.removeprefix("step_")) > keep]
+        whole = [path for path in checkpoint.complete(run.checkpoint_dir) if path in later]
     started = [path for name in ("metrics.jsonl", "config.json") if (path := run.run_dir / name).exists()]
-    if args.resume and later and not args.overwrite:
+    # one that a stop has cut short is written over when the run comes there again
+    if args.resume and whole and not args.overwrite:
         raise UserError(
-            f"--resume: {run.checkpoint_dir} holds checkpoints after step {keep} (up to {max(later).name}); "
+            f"--resume: {run.checkpoint_dir} holds checkpoints after step {keep} (up to {max(whole).name}); "
             "resume from the latest, or add --overwrite to delete them"
         )
     if not args.resume and (later or started) and not args.overwrite:
@@ -136,7 +139,7 @@ def _check_run_dir(run, args) -> None:
             "--overwrite to start anew, or --set sltrain.run_dir=DIR"
         )
     # only what a run writes: the directory is the user's own; checkpoints first, so that a stop here is seen again
-    for path in later:
+    for path in later if args.overwrite else ():
         shutil.rmtree(path)
     if not args.resume:
         for name in ("export", "report"):

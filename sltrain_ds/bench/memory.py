@@ -65,6 +65,8 @@ def waterfall(own) -> list[Row]:
     index = sum(8 * support.nnz - support.bytes for support in model.supports)
     copies = sum(t.numel for t in model.tensors if t.name.endswith(".A")) * (2 if own.bf16 else 4)
     keys = _PLAIN | {"zero_optimization.reduce_bucket_size": max(t.numel for t in model.tensors)}
+    if not own.bf16:
+        keys["sltrain.precision.weights"] = "fp32"  # which are their own masters
     found = [
         Row("nothing saved: int64 index, copies of A", dict(keys), naive=True, extra=index + copies),
         Row("- index row-wise, uint16", dict(keys), extra=copies, runs=False),
@@ -88,7 +90,7 @@ def contenders(own) -> list[Row]:
     """The paper's other methods with all the recipe's savings."""
     full = {"sltrain.method": {"name": "full_rank"}}
     return [
-        Row("full-rank Adam, 32-bit states", full | _states("32bit", "bf16"), paper="adam"),
+        Row("full-rank Adam, 32-bit states", full | _states("32bit", "bf16" if own.bf16 else "fp32"), paper="adam"),
         Row("full-rank Adam, 8-bit states", full | {"sltrain.precision": own.sltrain.precision.model_dump()},
             paper="adam_8bit"),
         Row("GaLore, 8-bit states", full, paper="galore", runs=False),

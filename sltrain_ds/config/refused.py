@@ -228,6 +228,11 @@ def _per_layer(data, zero, stage, block):
     if data.get("prescale_gradients") or data.get("gradient_predivide_factor", 1.0) != 1.0:
         key = "prescale_gradients" if data.get("prescale_gradients") else "gradient_predivide_factor"
         yield f"{key}: is not supported with sltrain.per_layer_update true; remove it"
+    if data.get("bf16", {}).get("check_grad_overflow"):
+        yield (
+            "bf16.check_grad_overflow: true is to skip steps, and with sltrain.per_layer_update true a layer has been "
+            "stepped before the others are known; remove it (a run stops where the gradient norm is not finite)"
+        )
     for key, value in _PER_LAYER_ZERO.items():
         if key in zero and zero[key] != value:
             yield (

@@ -38,7 +38,7 @@ class Meter:
         self.peaks = dict.fromkeys(MOMENTS, 0)
         self.moment, self._engine, self._looks = "initialize", None, 0
         self._last = None  # of the engine's categories: those at the last closer look, and those held between steps
-        self._high, self._gradients, self._follows = 0, [], False
+        self._high, self._gradients, self._follows = 0, {}, False  # gradients: storage -> (weak reference, bytes)
 
     def watch(self, model) -> None:
         """Look where each gradient is finished; before DeepSpeed's own hooks, which take it away."""
@@ -64,7 +64,7 @@ class Meter:
         if self._looks:
             self._looks -= 1
             at_peak, between = self._last or {}, held_bytes(self._engine)
-            self._high, self._gradients, self._follows = 0, [], False
+            self._high, self._gradients, self._follows = 0, {}, False
             # the states of the first step come into being after its backward pass
             self._last = {key: max(size, at_peak.get(key, 0)) for key, size in between.items()}
         tensors = max(self.peaks.values())
@@ -79,7 +79,8 @@ class Meter:
         if not self._looks:
             return
         storage = parameter.grad.untyped_storage()
-        self._gradients.append((StorageWeakRef(storage), storage.nbytes()))
+        one = StorageWeakRef(storage)
+        self._gradients[one.cdata] = one, storage.nbytes()  # one that is added to comes again
         alive, follows = self.gauge.now(), self._follows
         self._follows = alive > _NEW_HIGH * self._high
         if not (self._follows or follows):
@@ -87,9 +88,9 @@ class Meter:
         held = held_bytes(self._engine)
         if self._follows:
             self._high = alive
-            self._gradients = [one for one in self._gradients if not one[0].expired()]
+            self._gradients = {key: one for key, one in self._gradients.items() if not one[0].expired()}
             # DeepSpeed's own are among them; those it has let go of but someone still holds are not
-            held["gradients"] = max(held["gradients"], sum(size for _, size in self._gradients))
+            held["gradients"] = max(held["gradients"], sum(size for _, size in self._gradients.values()))
             self._last = held
         else:  # the buckets of the first gradient are made after it was seen
             self._last["buckets"] = max(self._last["buckets"], held["buckets"])

@@ -25,6 +25,11 @@ class UnitClipping:
         self.last_norm: float | None = None
         self._squares: list[torch.Tensor] = []
 
+    def start_step(self, last_norm: float | None) -> None:
+        """After a checkpoint: the norm of the step before, and none of a step that was not finished."""
+        self.last_norm = last_norm
+        self._squares.clear()
+
     def coefficient(self, gradients: list[torch.Tensor]) -> torch.Tensor | float | None:
         """What this rank's part of a unit's gradient is to be multiplied by, or None; a collective in "per_layer"."""
         square = sum_of_squares(gradients, self.device)

@@ -37,7 +37,7 @@ def _tensors(engine):
     # gradients may be views of a bucket
     yield "buckets", [bucket.buffer for bucket in getattr(zero, "ipg_buckets", {}).values()]
     yield "buckets", [unit.bucket for unit in getattr(zero, "units", ())]
-    held = ("averaged_gradients", "grad_partitions_flat_buffer", "reduced", "shards")
+    held = ("averaged_gradients", "grad_partitions_flat_buffer", "reduced")
     yield "gradients", [p.grad for p in parameters]
     yield "gradients", [getattr(zero, name, None) for name in held]
 

@@ -82,8 +82,8 @@ class PerLayerZero2(UnitUpdate, DeepSpeedZeroOptimizer):
         return state | {LAST_NORM: self.clipping.last_norm}
 
     def _load_global_state(self, sd):
+        self.resume_units(sd)
         super()._load_global_state(sd)
-        self.clipping.last_norm = sd[LAST_NORM]
 
 
 class _NoMasterCopies(TorchFunctionMode):

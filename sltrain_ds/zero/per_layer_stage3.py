@@ -110,5 +110,5 @@ class PerLayerZero3(UnitUpdate, DeepSpeedZeroOptimizer_Stage3):
         return super().state_dict() | {LAST_NORM: self.clipping.last_norm}
 
     def load_state_dict(self, state_dict_list, *args, **kwargs):
-        self.clipping.last_norm = state_dict_list[self.rank][LAST_NORM]
+        self.resume_units(state_dict_list[self.rank])
         super().load_state_dict(state_dict_list, *args, **kwargs)

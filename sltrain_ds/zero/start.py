@@ -8,6 +8,8 @@ import deepspeed
 
 from sltrain_ds.ops import builder
 
+SHARED_MEMORY = Path("/dev/shm")
+
 
 def start() -> None:
     """`deepspeed.init_distributed()` (once), after the ops are built and the locks of killed builds are gone.
@@ -30,11 +32,13 @@ def start() -> None:
 
 def _unname_shared_memory() -> None:
     """DeepSpeed's `shm_comm` shares 69 MB a rank between the ranks of a CPU node and never gives it back
-    (csrc/cpu/comm/shm.cpp, 0.19.8): without its names it goes when the last rank does, however that ends.
+    (csrc/cpu/comm/shm.cpp, 0.19.8): without its names it goes when the last rank does, however that ends. What another
+    user's runs have left under the same port is not ours to remove.
     """
     if deepspeed.comm.get_world_size() > 1:
         deepspeed.comm.barrier()  # every rank has opened every other's
-    for shared in Path("/dev/shm").glob(f"deepspeed_*_{os.environ['MASTER_PORT']}_{deepspeed.comm.get_rank()}"):
+    ours = f"deepspeed_*_{os.getuid()}_*_{os.environ['MASTER_PORT']}_{deepspeed.comm.get_rank()}"
+    for shared in SHARED_MEMORY.glob(ours):
         shared.unlink(missing_ok=True)
 
 

@@ -9,7 +9,8 @@ begins. Gradients of the whole model never exist at once. Where they are until t
 * Several ranks: copied into a bucket of the unit's size, which lies as the partitions do: one reduce-scatter for each
   group, in place. A parameter alone in its group (embedding, head) needs no bucket: its `.grad` is reduced in place.
 * Gradient accumulation: several ranks add what they own of each micro-batch into a shard, 1/N of the gradients, which
-  lives until the step; one rank lets autograd add in `.grad`. Without accumulation there is neither.
+  lives until the step; one rank lets autograd add in `.grad`. Without accumulation there is neither. What counts is
+  whether a step ends with this backward pass, not how many the config says: the engine may be told otherwise.
 """
 
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from torch.nn import Parameter
 
+from sltrain_ds.errors import UserError
 from sltrain_ds.zero.clipping import UnitClipping
 from sltrain_ds.zero.units import adopt, unit_of
 
@@ -69,15 +71,31 @@ class UnitUpdate:
         self.rank = dist.get_rank(group=self.dp_process_group)
         self.clipping = UnitClipping(clipping, self.clip_grad, self.dp_process_group, self.device)
         self.pieces = [self._pieces(i) for i in range(len(self.groups))]
-        self.reduced: dict[int, torch.Tensor] = {}  # group -> averaged gradient of this rank's partition
-        self.shards: dict[int, torch.Tensor] = {}  # group -> the same, summed over micro-batches so far
+        # group -> averaged gradient of this rank's partition, summed over the step's micro-batches so far
+        self.reduced: dict[int, torch.Tensor] = {}
         units: dict[str, Unit] = {}
-        for i, group in enumerate(self.groups):
+        for i in range(len(self.groups)):
             name = unit_of(self.optimizer.param_groups[self.group_of(i)])
             units.setdefault(name, Unit(name)).groups.append(i)
-            units[name].missing.update(group)
         self.units = list(units.values())
+        for unit in self.units:
+            self._await_all(unit)
         self._unit_of = {i: unit for unit in self.units for i in unit.groups}
+
+    def resume_units(self, saved: dict) -> None:
+        """What a checkpoint has for the update; and nothing stays of a step that was begun and not finished."""
+        if LAST_NORM not in saved:
+            raise UserError(
+                "sltrain.per_layer_update: true, but the checkpoint was written without it; set it to false, or load "
+                "the weights alone (load_module_only=True)"
+            )
+        self.clipping.start_step(saved[LAST_NORM])
+        self.reduced.clear()
+        for unit in self.units:
+            unit.bucket, unit.stepped = None, False
+            self._await_all(unit)
+            for parameter in unit.missing:
+                parameter.grad = None
 
     def describe(self) -> str:
         """A line for the start of a run: what gradients will take."""
@@ -106,6 +124,11 @@ class UnitUpdate:
                 f"{self.param_names[parameter]}: a second gradient since the last forward; with "
                 "sltrain.per_layer_update each forward pass has one backward pass, before the next forward"
             )
+        if unit.stepped:
+            raise RuntimeError(
+                f"{self.param_names[parameter]}: a gradient after this step's update; with sltrain.per_layer_update "
+                "call engine.step() after each backward pass, and accumulate by gradient_accumulation_steps"
+            )
         if self.world > 1 and not self._bypasses(i):
             with self._beside(parameter.grad):
                 self.place(self._lane(unit, i), i, parameter, parameter.grad.reshape(-1))
@@ -123,7 +146,10 @@ class UnitUpdate:
             some = unit.bucket is not None or any(p.grad is not None for i in unit.groups for p in self.groups[i])
             if unit.missing and self.world > 1 and some:
                 self._reduce(unit)
-            unit.missing = {parameter for i in unit.groups for parameter in self.groups[i]}
+            self._await_all(unit)
+
+    def _await_all(self, unit: Unit) -> None:
+        unit.missing = {parameter for i in unit.groups for parameter in self.groups[i]}
 
     def step_units(self) -> torch.Tensor:
         """What is left to the step: units with parameters that got no gradient (stepped with zeros, as stock ZeRO
@@ -163,27 +189,30 @@ class UnitUpdate:
         return unit.bucket[before : before + sizes[i]]
 
     def _reduce(self, unit: Unit) -> None:
-        """Average a unit's gradients in place; what this rank owns of them goes to `reduced`, or is accumulated."""
+        """Average a unit's gradients in place; what this rank owns of them is added to `reduced`."""
         with self._beside():
             for i in unit.groups:
                 if self._bypasses(i):
                     parameter = self.groups[i][0]
                     if parameter.grad is not None:
                         self._keep(parameter.grad)
-                        self.reduced[i] = self._scatter(parameter.grad.reshape(-1), self.partitions[i].numel())
+                        self._add(i, self._scatter(parameter.grad.reshape(-1), self.partitions[i].numel()))
                         parameter.grad = None
                     continue
                 lane = self._lane(unit, i)
                 for parameter in self.groups[i]:
                     if parameter in unit.missing:
                         self.place(lane, i, parameter, lane.new_zeros(()))
-                self.reduced[i] = self._scatter(lane, self.partitions[i].numel())
+                self._add(i, self._scatter(lane, self.partitions[i].numel()))
             unit.bucket = None
-            if self.gradient_accumulation_steps > 1:
-                for i in unit.groups:
-                    if i in self.reduced:
-                        new = self.reduced.pop(i)
-                        self.shards[i] = self.shards[i].add_(new) if i in self.shards else new.clone()
+
+    def _add(self, i: int, new: torch.Tensor) -> None:
+        """Add this rank's slice of a gradient to what is there; one that outlives backward is no slice of a bucket."""
+        new = new.to(self.dtype)  # communication_data_type may be another
+        if i in self.reduced:
+            self.reduced[i].add_(new)
+        else:
+            self.reduced[i] = new if self.is_gradient_accumulation_boundary() else new.clone()
 
     def _scatter(self, gradient: torch.Tensor, size: int) -> torch.Tensor:
         """This rank's slice, `size` long unless it reaches the end, of a gradient that is averaged in place."""
@@ -223,7 +252,7 @@ class UnitUpdate:
                 torch.zeros_like(piece.master, dtype=self.dtype) if gradient is None else gradient.reshape(-1)
                 for piece, gradient in zip(self.pieces[i], whole, strict=True)
             ]
-        own = (self.shards if self.gradient_accumulation_steps > 1 else self.reduced).pop(i, None)
+        own = self.reduced.pop(i, None)
         if own is None:
             return [torch.zeros_like(piece.master, dtype=self.dtype) for piece in self.pieces[i]]
         return [own[piece.offset :][: piece.master.numel()] for piece in self.pieces[i]]

@@ -45,6 +45,15 @@ def test_rows_take_away_one_saving_each(recipe):
     assert all(case["estimate"] > needs[-1] for case in cases[len(rows) :])
 
 
+def test_an_fp32_recipe_has_no_masters_to_save(tiny_config):
+    data = tiny_config(**KEYS | {"bf16": None})
+    own = from_dict(data)
+    rows = memory.waterfall(own)
+    assert "- no fp32 masters" not in [row.name for row in rows]
+    for row in [*rows, *memory.contenders(own)]:
+        assert memory.measure("recipe.json", data, row, 1, "cpu", run_it=False)["estimate"] > 0, row.name
+
+
 def test_runs_the_recipe_on_real_tokens(recipe, tmp_path, capsys):
     path, _ = recipe
     assert main(["bench", "memory", "--config", str(path), "--rows", "own", "--out", str(tmp_path / "out")]) == 0

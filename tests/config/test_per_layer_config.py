@@ -43,6 +43,7 @@ REFUSED = {
     "prescaled": (("prescale_gradients", None, True), ["prescale_gradients", "remove it"]),
     "predivided": (("gradient_predivide_factor", None, 2.0), ["gradient_predivide_factor", "remove it"]),
     "fp16": (("fp16", "enabled", True), ["fp16.enabled", "bf16.enabled true"]),
+    "skipped steps": (("bf16", "check_grad_overflow", True), ["bf16.check_grad_overflow", "remove it"]),
     "offload": (("zero_optimization", "offload_optimizer", {"device": "cpu"}), ["offload_optimizer", '"8bit"']),
     "accumulation by the caller": (("managed_gradient_accumulation", None, False), ["managed_gradient_accumulation"]),
 }

@@ -2,12 +2,14 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 torch = pytest.importorskip("torch")
 
 from sltrain_ds.memory.gauge import Gauge, resident  # noqa: E402
+from sltrain_ds.memory.meter import Meter  # noqa: E402
 from sltrain_ds.ops import builder  # noqa: E402
 
 
@@ -28,7 +30,7 @@ def test_counts_every_byte_of_a_tensor():
     assert gauge.now() - before == 8000 + passing.nbytes  # a view keeps all of its storage
     del view
     assert gauge.now() - before == passing.nbytes
-    assert gauge.most(reset=True) > gauge.most() - 1  # the new peak starts from what is alive
+    assert gauge.most(reset=True) > gauge.now() == gauge.most()  # the new peak starts from what is alive
 
 
 def test_growing_a_storage_counts():
@@ -55,6 +57,19 @@ def test_without_the_ops_the_resident_set_serves():
 def test_the_peak_of_the_resident_set_is_no_less_than_it():
     now, most = resident()
     assert 0 < now <= most
+
+
+def test_a_gradient_that_micro_batches_add_to_counts_once():
+    model = torch.nn.Linear(300, 200, bias=False)
+    engine = SimpleNamespace(module=model, optimizer=None, basic_optimizer=torch.optim.SGD(model.parameters()))
+    meter = Meter("cpu")
+    meter.watch(model)
+    meter.begin(engine)
+    for rows in (2, 500, 1000):  # each a new high, at which is counted
+        meter.enter("backward")
+        batch = torch.ones(rows, 300)
+        model(batch).sum().backward()
+    assert meter.read()["gradients"] == model.weight.nbytes
 
 
 def test_a_run_writes_and_prints_where_its_memory_goes(train):

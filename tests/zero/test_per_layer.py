@@ -6,6 +6,7 @@ import torch
 
 from sltrain_ds import checkpoint, models
 from sltrain_ds.config import from_dict
+from sltrain_ds.errors import UserError
 from sltrain_ds.optim import build_optimizer
 from sltrain_ds.zero.checkpoint_reader import open_checkpoint
 from sltrain_ds.zero.clipping import UnitClipping
@@ -113,6 +114,38 @@ def test_resume_is_exact(per_layer, tmp_path, stage, clipping):
     checkpoint.resume(engine, run, saved)
     assert train(engine, run, range(3, 6)) == straight
     assert all(torch.equal(a, b) for a, b in zip(whole(engine), end, strict=True))
+    engine.destroy()
+
+
+@STAGES
+def test_a_step_that_broke_off_leaves_nothing_behind_a_load(per_layer, tmp_path, stage):
+    run, engine = engine_of(per_layer(gradient_clipping=0.05, train_batch_size=2), stage)
+    train(engine, run, range(2))
+    engine.save_checkpoint(str(tmp_path), tag="saved")
+    straight, norm, end = train(engine, run, range(2, 4)), engine.get_global_grad_norm(), whole(engine)
+
+    def breaks(*_):
+        raise RuntimeError("out of memory")
+
+    hook = engine.module.model.layers[0].mlp.register_full_backward_hook(breaks)
+    with pytest.raises(RuntimeError, match="out of memory"):  # when half of the units have been stepped
+        train(engine, run, [7])
+    hook.remove()
+    engine.load_checkpoint(str(tmp_path), tag="saved")
+    assert train(engine, run, range(2, 4)) == straight and engine.get_global_grad_norm() == norm
+    assert all(torch.equal(a, b) for a, b in zip(whole(engine), end, strict=True))
+    engine.destroy()
+
+
+@STAGES
+def test_a_checkpoint_without_the_update_is_told_apart(per_layer, tmp_path, stage):
+    plain = per_layer(sltrain__per_layer_update=False, sltrain__clipping="global")
+    _, engine = engine_of(plain, stage)
+    engine.save_checkpoint(str(tmp_path), tag="saved")
+    engine.destroy()
+    _, engine = engine_of(per_layer(), stage)
+    with pytest.raises(UserError, match=r"sltrain.per_layer_update: true, but the checkpoint was written without it"):
+        engine.load_checkpoint(str(tmp_path), tag="saved")
     engine.destroy()
 
 

@@ -40,6 +40,7 @@ class Zero(UnitUpdate):
         )
         self.start_units("global")
         self.side_stream = Stream("side", log) if on_side else None
+        self.boundary = True
 
     def group_of(self, i):
         return i
@@ -57,7 +58,7 @@ class Zero(UnitUpdate):
         lane[begin : begin + parameter.numel()].copy_(gradient)
 
     def is_gradient_accumulation_boundary(self):
-        return True
+        return self.boundary
 
     def _optimizer_step(self, i):
         self.note("step")
@@ -135,4 +136,27 @@ def test_a_second_backward_is_told_apart(play):
     with pytest.raises(RuntimeError, match="p0: a second gradient since the last forward"):
         backward(zero)
     zero.close_micro_batch()
+    with pytest.raises(RuntimeError, match=r"p0: a gradient after this step's update; .* call engine.step\(\)"):
+        backward(zero)
+    zero.step_units()
     backward(zero)
+
+
+def test_micro_batches_add_up_however_many_the_config_says(play):
+    """`set_gradient_accumulation_boundary` and `set_train_batch_size` change it under way."""
+    zero, _ = play(on_side=False)
+    for zero.boundary in (False, False, True):
+        zero.close_micro_batch()
+        backward(zero)
+    for flat in zero.flat:
+        assert torch.equal(flat[: len(flat) // WORLD], torch.full((len(flat) // WORLD,), 1 - 3 * 0.5))
+
+
+def test_what_is_kept_has_the_weights_dtype_however_it_is_sent(play):
+    zero, _ = play(on_side=False)
+    zero.communication_data_type, zero.boundary = torch.float64, False
+    for _ in range(2):
+        zero.close_micro_batch()
+        backward(zero)
+    assert [own.dtype for own in zero.reduced.values()] == [torch.float32] * 2
+    assert all(torch.equal(own, torch.ones_like(own)) for own in zero.reduced.values())
