@@ -10,7 +10,8 @@ from deepspeed import comm as dist
 from sltrain_ds.config import from_dict
 from sltrain_ds.errors import UserError
 from sltrain_ds.files import write_json, write_text
-from sltrain_ds.zero.checkpoint_reader import STATE_FILE, find_checkpoint
+from sltrain_ds.step_folders import STATE_FILE, complete_checkpoints
+from sltrain_ds.zero.checkpoint_reader import find_checkpoint
 from sltrain_ds.zero.safe_load import safe_checkpoint_engine
 from sltrain_ds.zero.support_check import supports
 
@@ -36,22 +37,17 @@ def save(engine, run, step: int, tokens: int) -> Path:
         }
         write_json(folder / tag / STATE_FILE, state)
         write_text(folder / "latest", tag)
-        for old in complete(folder)[: -run.sltrain.checkpoint.keep]:
+        for old in complete_checkpoints(folder)[: -run.sltrain.checkpoint.keep]:
             shutil.rmtree(old)
     dist.barrier()
     return folder / tag
-
-
-def complete(folder: Path) -> list[Path]:
-    """The complete checkpoints of a folder, oldest first; those a crash cut short are not among them."""
-    return sorted(path.parent for path in folder.glob(f"step_*/{STATE_FILE}"))
 
 
 def find(which: str, run) -> Path:
     """The checkpoint that `--resume latest` or `--resume PATH` means; `UserError` where there is none."""
     if which != "latest":
         return find_checkpoint(which).resolve()
-    found = complete(run.checkpoint_dir)
+    found = complete_checkpoints(run.checkpoint_dir)
     if not found:
         raise UserError(f"--resume latest: no complete checkpoint in {run.checkpoint_dir}; start without --resume")
     return found[-1].resolve()
