@@ -44,6 +44,10 @@ _KEPT_DEFAULTS = {
         "is not the zip format that is read back without unpickling; remove it",
     ),
     "gradient_allreduce_op": (("mean",), 'makes gradients grow with the number of GPUs; remove it or set "mean"'),
+    "zero_optimization.elastic_checkpoint": (
+        (False,),
+        "writes checkpoints that DeepSpeed 0.19.8 cannot resume from with this optimizer; remove it",
+    ),
     "zero_optimization.zero_quantized_weights": ((False,), "is not tested with converted layers; remove it"),
     "zero_optimization.zero_quantized_nontrainable_weights": ((False,), "is not tested here; remove it"),
     "zero_optimization.zero_quantized_gradients": ((False,), "is not tested with converted layers; remove it"),
@@ -54,7 +58,7 @@ _KEPT_DEFAULTS = {
 }
 
 # of zero_optimization, what the per-layer update leaves no choice of
-_PER_LAYER_ZERO = {"reduce_scatter": True, "contiguous_gradients": True, "elastic_checkpoint": False}
+_PER_LAYER_ZERO = {"reduce_scatter": True, "contiguous_gradients": True}
 
 
 def refuse_block_values(block):
@@ -146,11 +150,6 @@ def _combinations(data, block):
     yield from _offload(zero)
     if zero.get("zenflow"):
         yield "zero_optimization.zenflow: needs DeepSpeed's own offloaded optimizer; remove it"
-    if zero.get("elastic_checkpoint") and precision.states != "32bit":
-        yield (
-            f"zero_optimization.elastic_checkpoint: true does not work with sltrain.precision.states "
-            f'"{precision.states}" (it cuts states by the parameters\' sizes); set it to false, or states "32bit"'
-        )
     if stage == 3 and precision.backend == "ours":
         for key, value in {
             "reduce_scatter": False,
@@ -162,8 +161,6 @@ def _combinations(data, block):
                     f"zero_optimization.{key}: {shown(value)} computes the size of partitions by itself, and those of "
                     f'precision.states "{precision.states}" are padded; remove the key'
                 )
-    if zero.get("elastic_checkpoint") and stage == 3:
-        yield "zero_optimization.elastic_checkpoint: true is gone for zero_optimization.stage 3; set it to false"
     if zero.get("compute_grad_norm") is False:
         yield "zero_optimization.compute_grad_norm: false leaves no gradient norm to log and to check; remove the key"
     if data.get("activation_checkpointing") and any(data["activation_checkpointing"].values()):

@@ -197,7 +197,7 @@ BAD = {
     "our key turned off": ("zero_allow_untested_optimizer", False, ["zero_allow_untested_optimizer", "remove the key"]),
     "our bf16 flag": ("bf16.bf16_optimizer_states", False, ["bf16.bf16_optimizer_states", "precision.weights"]),
     "accumulation by the caller": ("managed_gradient_accumulation", False, ["managed_gradient_accumulation", "remove"]),
-    "elastic with 8-bit": ("zero_optimization.elastic_checkpoint", True, ["elastic_checkpoint", "precision.states"]),
+    "elastic checkpoints": ("zero_optimization.elastic_checkpoint", True, ["elastic_checkpoint: true", "remove it"]),
     # what would break later, or has no test
     "checkpoint writer": ("checkpoint", {"writer": {}}, ["checkpoint.writer: {} writes files", "remove it"]),
     "universal checkpoints": ("checkpoint", {"load_universal": True}, ["checkpoint.load_universal: true is not"]),
