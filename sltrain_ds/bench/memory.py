@@ -29,7 +29,7 @@ PROCESS = {"cpu": 0.6e9, "cuda": 0.0}  # Python and the libraries, in the reside
 
 _PLAIN = {
     "sltrain.per_layer_update": False, "sltrain.clipping": "global", "sltrain.loss": "full",
-    "sltrain.precision.weights": "fp32_master", "sltrain.model.activation_checkpointing": "none",
+    "sltrain.model.activation_checkpointing": "none",
 }  # fmt: skip
 
 
@@ -64,7 +64,8 @@ def waterfall(own) -> list[Row]:
     model = count(Shape.of(own.model_fields), own.sltrain.method)
     index = sum(8 * support.nnz - support.bytes for support in model.supports)
     copies = sum(t.numel for t in model.tensors if t.name.endswith(".A")) * (2 if own.bf16 else 4)
-    keys = _PLAIN | {"zero_optimization.reduce_bucket_size": max(t.numel for t in model.tensors)}
+    masters = {"sltrain.precision.weights": "fp32_master" if own.bf16 else "fp32"}
+    keys = _PLAIN | masters | {"zero_optimization.reduce_bucket_size": max(t.numel for t in model.tensors)}
     found = [
         Row("nothing saved: int64 index, copies of A", dict(keys), naive=True, extra=index + copies),
         Row("- index row-wise, uint16", dict(keys), extra=copies, runs=False),
@@ -88,7 +89,7 @@ def contenders(own) -> list[Row]:
     """The paper's other methods with all the recipe's savings."""
     full = {"sltrain.method": {"name": "full_rank"}}
     return [
-        Row("full-rank Adam, 32-bit states", full | _states("32bit", "bf16"), paper="adam"),
+        Row("full-rank Adam, 32-bit states", full | _states("32bit", "bf16" if own.bf16 else "fp32"), paper="adam"),
         Row("full-rank Adam, 8-bit states", full | {"sltrain.precision": own.sltrain.precision.model_dump()},
             paper="adam_8bit"),
         Row("GaLore, 8-bit states", full, paper="galore", runs=False),

@@ -28,6 +28,29 @@ def recipe(tiny_config, tmp_path):
     return path, data
 
 
+def test_an_fp32_file_has_rows_too(tiny_config):
+    data = tiny_config(sltrain__loss="chunked")
+    own = from_dict(data)
+    rows = [*memory.waterfall(own), *memory.contenders(own)]
+    assert "- no fp32 masters" not in [row.name for row in rows]
+    assert all(memory.measure("fp32.json", data, row, 1, "cpu", run_it=False)["estimate"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["bench", "memory", "--steps", "0"], "--steps 0: must be at least 1"),
+        (["bench", "op", "--pairs", "0"], "--pairs 0: must be at least 1"),
+        (["bench", "op", "--out", __file__], "is a file; give a directory"),
+        (["rehearse", "nowhere.json", "--world", "0"], "--world 0: must be at least 1"),
+    ],
+)
+def test_options_are_refused_before_anything_is_measured(words, line, capsys):
+    assert main(words) == 2
+    said = capsys.readouterr()
+    assert line in said.err and not said.out
+
+
 def test_rows_take_away_one_saving_each(recipe):
     path, data = recipe
     own = from_dict(data)
