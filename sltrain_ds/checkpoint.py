@@ -8,9 +8,11 @@ from pathlib import Path
 from deepspeed import comm as dist
 
 from sltrain_ds.config import from_dict
+from sltrain_ds.config.jsonfile import shown
 from sltrain_ds.errors import UserError
 from sltrain_ds.files import write_json, write_text
-from sltrain_ds.zero.checkpoint_reader import STATE_FILE, find_checkpoint
+from sltrain_ds.step_folders import STATE_FILE, complete_checkpoints
+from sltrain_ds.zero.checkpoint_reader import find_checkpoint
 from sltrain_ds.zero.safe_load import safe_checkpoint_engine
 from sltrain_ds.zero.support_check import supports
 
@@ -36,26 +38,25 @@ def save(engine, run, step: int, tokens: int) -> Path:
         }
         write_json(folder / tag / STATE_FILE, state)
         write_text(folder / "latest", tag)
-        for old in complete(folder)[: -run.sltrain.checkpoint.keep]:
+        for old in complete_checkpoints(folder)[: -run.sltrain.checkpoint.keep]:
             shutil.rmtree(old)
     dist.barrier()
     return folder / tag
 
 
-def complete(folder: Path) -> list[Path]:
-    """The complete checkpoints of a folder, oldest first; those a crash cut short and copies are not among them."""
-    found = [path.parent for path in folder.glob(f"step_*/{STATE_FILE}")]
-    return sorted(path for path in found if path.name.removeprefix("step_").isdigit())
-
-
 def find(which: str, run) -> Path:
-    """The checkpoint that `--resume latest` or `--resume PATH` means; `UserError` where there is none."""
+    """The checkpoint that `--resume latest` or `--resume PATH` means; `UserError` where none is there or fits."""
     if which != "latest":
-        return find_checkpoint(which).resolve()
-    found = complete(run.checkpoint_dir)
-    if not found:
-        raise UserError(f"--resume latest: no complete checkpoint in {run.checkpoint_dir}; start without --resume")
-    return found[-1].resolve()
+        path = find_checkpoint(which).resolve()
+    elif found := complete_checkpoints(run.checkpoint_dir):
+        path = found[-1].resolve()
+    else:
+        raise UserError(
+            f"--resume latest: no complete checkpoint in {run.checkpoint_dir}; start anew, without --resume and with "
+            "--overwrite"
+        )
+    _check_it_fits(read_state(path), run, path)
+    return path
 
 
 def with_its_modes(run, path: Path | None):
@@ -73,13 +74,12 @@ def with_its_modes(run, path: Path | None):
 
 
 def resume(engine, run, path: Path) -> tuple[int, int]:
-    """Load weights, optimizer and schedule from `path`; returns (step, tokens) done. Raises `UserError`.
+    """Load weights, optimizer and schedule from `path`, which `find` gave; returns (step, tokens) done.
 
     Rates, betas, eps, weight decay and gradient_clipping are the config's, not the checkpoint's: a resumed run may
     change them.
     """
     state = read_state(path)
-    _check_it_fits(state, run, path)
     held = supports(engine.module)
     for name, info in state["supports"].items():
         if held.get(name) != info:
@@ -132,7 +132,20 @@ def _check_it_fits(state: dict, run, path: Path) -> None:
     pairs["optimizer.type"] = [c["optimizer"]["type"] for c in (before, now)]
     for key, (trained, asked) in pairs.items():
         if trained != asked:
-            raise UserError(f"{key}: {path} was trained with {trained}, this config says {asked}; set it back")
+            key, trained, asked = _innermost(key, trained, asked)
+            raise UserError(
+                f"{key}: {path} was trained with {shown(trained)}, this config says {shown(asked)}; set it back"
+            )
+    if now.get("scheduler") and not before.get("scheduler"):
+        raise UserError(f"scheduler: {path} was trained without one, so none has a place to go on from; remove it")
+
+
+def _innermost(key, trained, asked):
+    """The first key below `key` that differs, and its values."""
+    while isinstance(trained, dict) and isinstance(asked, dict):
+        name = next(name for name in {**trained, **asked} if trained.get(name) != asked.get(name))
+        key, trained, asked = f"{key}.{name}", trained.get(name), asked.get(name)
+    return key, trained, asked
 
 
 def _fixed(value, free):

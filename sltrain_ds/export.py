@@ -18,7 +18,8 @@ from sltrain_ds.errors import UserError
 from sltrain_ds.files import new_directory, write_json
 from sltrain_ds.methods.base import MethodLinear
 from sltrain_ds.models import model_config
-from sltrain_ds.zero.checkpoint_reader import STATE_FILE, Checkpoint, open_checkpoint
+from sltrain_ds.step_folders import STATE_FILE
+from sltrain_ds.zero.checkpoint_reader import Checkpoint, open_checkpoint
 from sltrain_ds.zero.support_check import supports
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}

@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 import time
+from pathlib import Path
 
 from sltrain_ds.config import load
 from sltrain_ds.errors import UserError
@@ -29,7 +30,7 @@ def main(argv=None) -> int:
 def _train(args) -> int:
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     run = load(args.config, overrides=args.set, world_size=world_size, check_files=True)
-    _check_run_dir(run, args)
+    in_the_way = _left_by_an_earlier_run(run, args)
 
     if run.sltrain.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
@@ -62,6 +63,7 @@ def _train(args) -> int:
 
     done = checkpoint.resume(engine, run, found) if found else (0, 0)
     if rank == 0:
+        _delete(in_the_way)  # only now: what config, ranks or checkpoint get wrong has been told, and cost nothing
         write_json(run.run_dir / "config.json", run.to_json())
         print(_describe(run, engine.module, source.data), flush=True)
         if done[0] >= run.sltrain.steps:
@@ -114,38 +116,46 @@ def _parse(argv):
     return parser.parse_args(argv)
 
 
-def _check_run_dir(run, args) -> None:
-    """Nothing of an earlier run is overwritten or left to mix with this one, unless asked for with --overwrite."""
+def _left_by_an_earlier_run(run, args) -> list[Path]:
+    """What --overwrite is to delete: only what a run writes, the directory is the user's own; checkpoints come first.
+
+    UserError where there is any and no --overwrite: nothing is overwritten or left to mix with this run unasked.
+    """
     if int(os.environ.get("RANK", 0)):
-        return
-    written = [path for path in run.checkpoint_dir.glob("step_*") if path.name.removeprefix("step_").isdigit()]
-    keep, later = 0, written
+        return []
+    from sltrain_ds.step_folders import complete_checkpoints, step_folders
+
+    keep = 0
     if args.resume:
         from sltrain_ds import checkpoint
 
         keep = checkpoint.read_state(checkpoint.find(args.resume, run))["step"]
-        later = [path for path in written if int(path.name.removeprefix("step_")) > keep]
-        whole = [path for path in checkpoint.complete(run.checkpoint_dir) if path in later]
-    started = [path for name in ("metrics.jsonl", "config.json") if (path := run.run_dir / name).exists()]
-    # one that a stop has cut short is written over when the run comes there again
-    if args.resume and whole and not args.overwrite:
-        raise UserError(
-            f"--resume: {run.checkpoint_dir} holds checkpoints after step {keep} (up to {max(whole).name}); "
-            "resume from the latest, or add --overwrite to delete them"
-        )
-    if not args.resume and (later or started) and not args.overwrite:
+    later = [path for step, path in step_folders(run.checkpoint_dir).items() if step > keep]
+    if args.resume:
+        # one that a stop cut short is no checkpoint: going on from the latest is going on from before it
+        complete = [path for path in complete_checkpoints(run.checkpoint_dir) if path in later]
+        if complete and not args.overwrite:
+            raise UserError(
+                f"--resume: {run.checkpoint_dir} holds checkpoints after step {keep} (up to {complete[-1].name}); "
+                "resume from the latest, or add --overwrite to delete them"
+            )
+        return later
+    files = [run.run_dir / name for name in ("metrics.jsonl", "config.json")]
+    if (later or any(path.exists() for path in files)) and not args.overwrite:
         raise UserError(
             f"sltrain.run_dir: {run.run_dir} holds a run already; add --resume latest to go on with it, "
             "--overwrite to start anew, or --set sltrain.run_dir=DIR"
         )
-    # only what a run writes: the directory is the user's own; checkpoints first, so that a stop here is seen again
-    for path in later if args.overwrite else ():
-        shutil.rmtree(path)
-    if not args.resume:
-        for name in ("export", "report"):
-            shutil.rmtree(run.run_dir / name, ignore_errors=True)
-        for name in ("baselines.json", "metrics.jsonl", "config.json"):
-            (run.run_dir / name).unlink(missing_ok=True)
+    # checkpoints first, so that a stop while they are deleted is seen again
+    return [*later, *(run.run_dir / name for name in ("export", "report", "baselines.json")), *files]
+
+
+def _delete(paths) -> None:
+    for path in paths:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

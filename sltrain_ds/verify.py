@@ -113,6 +113,8 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser(prog="sltrain_ds.verify", description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, required=True, metavar="N", help="GPUs of this node, or CPU ranks")
     args = parser.parse_args(argv)
+    if args.ranks < 1:
+        parser.error(f"--ranks {args.ranks}: must be at least 1")
     print(versions(), flush=True)
     began, failures = time.monotonic(), 0
     with tempfile.TemporaryDirectory() as folder:

@@ -1,14 +1,9 @@
-"""What a resumed run takes from its checkpoint, from its config and from what an earlier run left behind."""
-
-import shutil
+"""What a resumed run takes from its checkpoint and what from its config."""
 
 import pytest
 
 from sltrain_ds import checkpoint, models
 from sltrain_ds.config import from_dict
-from sltrain_ds.errors import UserError
-from sltrain_ds.train import _check_run_dir, _parse
-from sltrain_ds.zero.checkpoint_reader import STATE_FILE
 from sltrain_ds.zero.initialize import initialize, partitioner
 
 
@@ -39,22 +34,3 @@ def test_the_bound_on_gradients_is_the_configs(engine_of, stage):
     checkpoint.resume(engine, run, saved)
     assert engine.optimizer.clip_grad == 0.5
     engine.destroy()
-
-
-def test_a_save_that_was_cut_short_does_not_stand_in_the_way(engine_of):
-    run, engine = engine_of()
-    first = checkpoint.save(engine, run, 1, 0)
-    second = checkpoint.save(engine, run, 2, 0)
-    engine.destroy()
-    shutil.copytree(first, first.with_name("step_00000001.kept"))
-    latest, back = (_parse(["config.json", "--resume", which]) for which in ("latest", str(first)))
-    _check_run_dir(run, latest)
-    with pytest.raises(UserError, match=r"--resume: .* after step 1 \(up to step_00000002\)"):
-        _check_run_dir(run, back)
-    (second / STATE_FILE).unlink()  # written last: without it the rest may be missing
-    assert checkpoint.find("latest", run) == first.resolve()
-    _check_run_dir(run, latest)
-    _check_run_dir(run, back)
-    assert second.exists()
-    _check_run_dir(run, _parse(["config.json", "--resume", "latest", "--overwrite"]))
-    assert not second.exists() and first.exists()

@@ -15,7 +15,7 @@ from sltrain_ds.config.block import SLTrainBlock
 from sltrain_ds.errors import UserError
 from sltrain_ds.export import export
 from sltrain_ds.models import build
-from sltrain_ds.zero.checkpoint_reader import STATE_FILE
+from sltrain_ds.step_folders import STATE_FILE
 from sltrain_ds.zero.support_check import supports
 
 CONFIG = {

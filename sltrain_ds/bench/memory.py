@@ -29,7 +29,7 @@ PROCESS = {"cpu": 0.6e9, "cuda": 0.0}  # Python and the libraries, in the reside
 
 _PLAIN = {
     "sltrain.per_layer_update": False, "sltrain.clipping": "global", "sltrain.loss": "full",
-    "sltrain.precision.weights": "fp32_master", "sltrain.model.activation_checkpointing": "none",
+    "sltrain.model.activation_checkpointing": "none",
 }  # fmt: skip
 
 
@@ -64,9 +64,8 @@ def waterfall(own) -> list[Row]:
     model = count(Shape.of(own.model_fields), own.sltrain.method)
     index = sum(8 * support.nnz - support.bytes for support in model.supports)
     copies = sum(t.numel for t in model.tensors if t.name.endswith(".A")) * (2 if own.bf16 else 4)
-    keys = _PLAIN | {"zero_optimization.reduce_bucket_size": max(t.numel for t in model.tensors)}
-    if not own.bf16:
-        keys["sltrain.precision.weights"] = "fp32"  # which are their own masters
+    masters = {"sltrain.precision.weights": "fp32_master" if own.bf16 else "fp32"}
+    keys = _PLAIN | masters | {"zero_optimization.reduce_bucket_size": max(t.numel for t in model.tensors)}
     found = [
         Row("nothing saved: int64 index, copies of A", dict(keys), naive=True, extra=index + copies),
         Row("- index row-wise, uint16", dict(keys), extra=copies, runs=False),

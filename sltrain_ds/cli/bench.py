@@ -149,7 +149,10 @@ def _device(args) -> str:
             raise UserError(f"--threads {args.threads}: must be at least 1")
         torch.set_num_threads(args.threads)
     if args.pairs < 1:
-        raise UserError(f"--pairs {args.pairs}: must be at least 1")
+        option = "--steps" if args.bench in ("step", "memory") else "--pairs"
+        raise UserError(f"{option} {args.pairs}: must be at least 1")
+    if args.out is not None and args.out.exists() and not args.out.is_dir():
+        raise UserError(f"--out {args.out}: is a file; give a directory")  # now, not when all is measured
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device.split(":")[0] not in ("cpu", "cuda"):
         raise UserError(f"--device {device}: must be cpu or cuda")

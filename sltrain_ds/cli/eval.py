@@ -22,9 +22,9 @@ def add_parser(subparsers):
 def run(args) -> int:
     if not (args.model / "config.json").is_file():
         raise UserError(f"{args.model}: no config.json there; give a model directory (see `sltrain-ds export`)")
-    for flag in ("tokens", "sequence_length", "batch_size"):
-        if getattr(args, flag) < 1:
-            raise UserError(f"--{flag.replace('_', '-')}: {getattr(args, flag)} must be at least 1")
+    for flag, least in (("tokens", 1), ("sequence_length", 2), ("batch_size", 1)):
+        if getattr(args, flag) < least:
+            raise UserError(f"--{flag.replace('_', '-')}: {getattr(args, flag)} must be at least {least}")
 
     import torch
 

@@ -28,6 +28,8 @@ def run(args) -> int:
 
     if args.steps < 1:
         raise UserError(f"--steps {args.steps}: must be at least 1")
+    if args.world < 1:
+        raise UserError(f"--world {args.world}: must be at least 1")
     if not 0 <= args.rank < args.world:
         raise UserError(f"--rank {args.rank}: must be from 0 to {args.world - 1}, a rank of --world {args.world}")
     settings = load(args.config, args.set, world_size=args.world, check_files=False)

@@ -46,7 +46,7 @@ def _advice(total, micro, data, world):
         return f"leave {_STEPS} out: it is derived at every start (here {total // (micro * world)})"
     worlds = [n for n in _near(world) if total % (micro * n) == 0]
     if worlds:
-        fits.append(f"on {_words(sorted(worlds[:3]))} GPUs")
+        fits.append(f"on {_words(sorted(worlds[:3]))} GPU" + "s" * (worlds != [1]))
     micros = [m for m in _near(micro) if total % (m * world) == 0]
     if micros:
         fits.append(f"with {_MICRO} {_words(sorted(micros[:2]))}")

@@ -44,17 +44,24 @@ _KEPT_DEFAULTS = {
         "is not the zip format that is read back without unpickling; remove it",
     ),
     "gradient_allreduce_op": (("mean",), 'makes gradients grow with the number of GPUs; remove it or set "mean"'),
+    "zero_optimization.elastic_checkpoint": (
+        (False,),
+        "writes checkpoints that DeepSpeed 0.19.8 cannot resume from with this optimizer; remove it",
+    ),
     "zero_optimization.zero_quantized_weights": ((False,), "is not tested with converted layers; remove it"),
     "zero_optimization.zero_quantized_nontrainable_weights": ((False,), "is not tested here; remove it"),
     "zero_optimization.zero_quantized_gradients": ((False,), "is not tested with converted layers; remove it"),
     "zero_optimization.zero_hpz_partition_size": ((0, 1), "is not tested with converted layers; remove it or set 1"),
+    "zero_optimization.legacy_stage1": ((False,), "was dropped by DeepSpeed 0.5.9, which stops at it; remove it"),
+    "zero_optimization.module_granularity_threshold": ((0,), "is not tested with converted layers; remove it"),
+    "zero_optimization.stage3_module_granularity_threshold": ((0,), "is not tested with converted layers; remove it"),
     "data_types.grad_accum_dtype": ((None,), "is not tested here (at stage 1 it brings another optimizer); remove it"),
     "data_types.param_dtype": ((None,), "is what bf16.enabled decides; remove it"),
     "data_types.buffer_dtype": ((None,), "would cast the rotary frequencies, which stay fp32; remove it"),
 }
 
 # of zero_optimization, what the per-layer update leaves no choice of
-_PER_LAYER_ZERO = {"reduce_scatter": True, "contiguous_gradients": True, "elastic_checkpoint": False}
+_PER_LAYER_ZERO = {"reduce_scatter": True, "contiguous_gradients": True}
 
 
 def refuse_block_values(block):
@@ -127,6 +134,15 @@ def _combinations(data, block):
     if data.get("compile", {}).get("deepcompile"):
         yield "compile.deepcompile: true replaces the engine's hooks; remove it"
     yield from _per_layer(data, zero, stage, block)
+    if stage in (2, 3) and zero.get("reduce_scatter", True):
+        for key, plain in (("prescale_gradients", False), ("gradient_predivide_factor", 1.0)):
+            if data.get(key, plain) != plain:
+                yield f"{key}: is refused by DeepSpeed 0.19.8 at zero_optimization.stage {stage}; remove it"
+    if stage in (1, 2) and zero.get("allgather_bucket_size", 0) % 2:
+        yield (
+            f"zero_optimization.allgather_bucket_size: {zero['allgather_bucket_size']} is odd, and DeepSpeed 0.19.8 "
+            "takes even numbers alone at stages 1 and 2; add 1"
+        )
     if bf16.get("enabled") and stage == 0:
         yield (
             "zero_optimization.stage: 0 with bf16.enabled true is wrong in DeepSpeed 0.19.8 (it takes an optimizer "
@@ -146,11 +162,6 @@ def _combinations(data, block):
     yield from _offload(zero)
     if zero.get("zenflow"):
         yield "zero_optimization.zenflow: needs DeepSpeed's own offloaded optimizer; remove it"
-    if zero.get("elastic_checkpoint") and precision.states != "32bit":
-        yield (
-            f"zero_optimization.elastic_checkpoint: true does not work with sltrain.precision.states "
-            f'"{precision.states}" (it cuts states by the parameters\' sizes); set it to false, or states "32bit"'
-        )
     if stage == 3 and precision.backend == "ours":
         for key, value in {
             "reduce_scatter": False,
@@ -162,8 +173,6 @@ def _combinations(data, block):
                     f"zero_optimization.{key}: {shown(value)} computes the size of partitions by itself, and those of "
                     f'precision.states "{precision.states}" are padded; remove the key'
                 )
-    if zero.get("elastic_checkpoint") and stage == 3:
-        yield "zero_optimization.elastic_checkpoint: true is gone for zero_optimization.stage 3; set it to false"
     if zero.get("compute_grad_norm") is False:
         yield "zero_optimization.compute_grad_norm: false leaves no gradient norm to log and to check; remove the key"
     if data.get("activation_checkpointing") and any(data["activation_checkpointing"].values()):
@@ -225,9 +234,6 @@ def _per_layer(data, zero, stage, block):
             'sltrain.op_mode: "keep_step" holds the gradient of every W, which sltrain.per_layer_update true is to '
             'avoid; set "keep", "factored" or "auto"'
         )
-    if data.get("prescale_gradients") or data.get("gradient_predivide_factor", 1.0) != 1.0:
-        key = "prescale_gradients" if data.get("prescale_gradients") else "gradient_predivide_factor"
-        yield f"{key}: is not supported with sltrain.per_layer_update true; remove it"
     if data.get("bf16", {}).get("check_grad_overflow"):
         yield (
             "bf16.check_grad_overflow: true is to skip steps, and with sltrain.per_layer_update true a layer has been "

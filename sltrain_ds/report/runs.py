@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 
 from sltrain_ds.errors import UserError
+from sltrain_ds.step_folders import STATE_FILE, complete_checkpoints
 
 
 @dataclass
@@ -32,9 +33,9 @@ class Run:
     @cached_property
     def world_size(self) -> int:
         """Ranks of the newest checkpoint's run; 1 where there is none."""
-        states = sorted(self.dir.glob("checkpoints/step_*/sltrain.json"))
+        found = complete_checkpoints(self.dir / "checkpoints")
         try:
-            return int(json.loads(states[-1].read_text(encoding="utf-8"))["world_size"])
+            return int(json.loads((found[-1] / STATE_FILE).read_text(encoding="utf-8"))["world_size"])
         except (IndexError, OSError, ValueError, KeyError, TypeError):
             return 1
 

@@ -8,9 +8,8 @@ from pathlib import Path
 import torch
 
 from sltrain_ds.errors import UserError
+from sltrain_ds.step_folders import STATE_FILE, complete_checkpoints
 from sltrain_ds.zero.safe_load import load
-
-STATE_FILE = "sltrain.json"  # ours, written last: a checkpoint without it is incomplete
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -37,8 +36,8 @@ def find_checkpoint(path: str | Path) -> Path:
 
 
 def _hint(folder: Path) -> str:
-    complete = sorted(state.parent.name for state in folder.glob(f"step_*/{STATE_FILE}"))
-    return f"; the newest complete is {folder / complete[-1]}" if complete else ""
+    complete = complete_checkpoints(folder)
+    return f"; the newest complete is {complete[-1]}" if complete else ""
 
 
 def open_checkpoint(path: str | Path) -> "Checkpoint":

@@ -28,6 +28,21 @@ def recipe(tiny_config, tmp_path):
     return path, data
 
 
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["bench", "memory", "--steps", "0"], "--steps 0: must be at least 1"),
+        (["bench", "op", "--pairs", "0"], "--pairs 0: must be at least 1"),
+        (["bench", "op", "--out", __file__], "is a file; give a directory"),
+        (["rehearse", "nowhere.json", "--world", "0"], "--world 0: must be at least 1"),
+    ],
+)
+def test_options_are_refused_before_anything_is_measured(words, line, capsys):
+    assert main(words) == 2
+    said = capsys.readouterr()
+    assert line in said.err and not said.out
+
+
 def test_rows_take_away_one_saving_each(recipe):
     path, data = recipe
     own = from_dict(data)

@@ -197,7 +197,16 @@ BAD = {
     "our key turned off": ("zero_allow_untested_optimizer", False, ["zero_allow_untested_optimizer", "remove the key"]),
     "our bf16 flag": ("bf16.bf16_optimizer_states", False, ["bf16.bf16_optimizer_states", "precision.weights"]),
     "accumulation by the caller": ("managed_gradient_accumulation", False, ["managed_gradient_accumulation", "remove"]),
-    "elastic with 8-bit": ("zero_optimization.elastic_checkpoint", True, ["elastic_checkpoint", "precision.states"]),
+    "elastic checkpoints": ("zero_optimization.elastic_checkpoint", True, ["elastic_checkpoint: true", "remove it"]),
+    "the first stage 1": ("zero_optimization.legacy_stage1", True, ["legacy_stage1: true", "remove it"]),
+    "leaves by size": (
+        "zero_optimization.stage3_module_granularity_threshold",
+        1000,
+        ["stage3_module_granularity_threshold: 1000", "remove it"],
+    ),
+    "odd bucket": ("zero_optimization.allgather_bucket_size", 5001, ["allgather_bucket_size: 5001 is odd", "add 1"]),
+    "prescaled gradients": ("prescale_gradients", True, ["prescale_gradients", "stage 2", "remove it"]),
+    "predivided gradients": ("gradient_predivide_factor", 2.0, ["gradient_predivide_factor", "stage 2", "remove it"]),
     # what would break later, or has no test
     "checkpoint writer": ("checkpoint", {"writer": {}}, ["checkpoint.writer: {} writes files", "remove it"]),
     "universal checkpoints": ("checkpoint", {"load_universal": True}, ["checkpoint.load_universal: true is not"]),

@@ -86,3 +86,9 @@ def test_the_advice_is_right(total, micro, world):
 def test_a_world_that_is_none(good, world):
     with pytest.raises(UserError, match="number of GPUs"):
         from_dict(good, world_size=world)
+
+
+def test_one_gpu_is_no_plural():
+    data = {"train_batch_size": 1, "train_micro_batch_size_per_gpu": 1}
+    with pytest.raises(UserError, match="works on 1 GPU, or with"):
+        triangle(data, 2)

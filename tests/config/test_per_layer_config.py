@@ -35,7 +35,6 @@ REFUSED = {
     "per-layer clipping alone": (("sltrain", "per_layer_update", False), ["sltrain.clipping", "per_layer_update true"]),
     "W and dW of a step": (("sltrain", "op_mode", "keep_step"), ["sltrain.op_mode", "per_layer_update", '"auto"']),
     "no scatter": (("zero_optimization", "reduce_scatter", False), ["zero_optimization.reduce_scatter", "remove it"]),
-    "elastic": (("zero_optimization", "elastic_checkpoint", True), ["elastic_checkpoint", "per_layer_update"]),
     "scattered gradients": (
         ("zero_optimization", "contiguous_gradients", False),
         ["contiguous_gradients", "remove it"],
