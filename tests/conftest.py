@@ -3,6 +3,7 @@
 import json
 import lzma
 import os
+import socket
 import sys
 from pathlib import Path
 
@@ -113,3 +114,14 @@ def train(tiny_config, tmp_path):
         return process, lines
 
     return run
+
+
+@pytest.fixture
+def one_rank(monkeypatch):
+    """This process is the one rank of a world of its own, on the CPU."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    world = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for key, value in {**world, "DS_ACCELERATOR": "cpu"}.items():
+        monkeypatch.setenv(key, str(value))

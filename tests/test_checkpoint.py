@@ -6,13 +6,7 @@ from sltrain_ds import checkpoint, models
 from sltrain_ds.config import from_dict
 from sltrain_ds.zero.initialize import initialize, partitioner
 
-
-@pytest.fixture(autouse=True)
-def one_rank(monkeypatch):
-    for key, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1"}.items():
-        monkeypatch.setenv(key, str(value))
-    monkeypatch.setenv("MASTER_PORT", "29795")
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+pytestmark = pytest.mark.usefixtures("one_rank")
 
 
 @pytest.fixture

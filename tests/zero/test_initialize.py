@@ -12,18 +12,7 @@ from sltrain_ds.optim import parameter_groups
 from sltrain_ds.zero.initialize import partitioner
 from sltrain_ds.zero.support_check import supports
 
-
-@pytest.fixture(autouse=True)
-def one_rank(monkeypatch):
-    for key, value in {
-        "RANK": 0,
-        "LOCAL_RANK": 0,
-        "WORLD_SIZE": 1,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": 29791,
-    }.items():
-        monkeypatch.setenv(key, str(value))
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+pytestmark = pytest.mark.usefixtures("one_rank")
 
 
 SCALE = {"factors": 0.3, "sparse": 0.5, "dense": 1.0}

@@ -17,12 +17,7 @@ from sltrain_ds.zero.units import split_by_unit
 STAGES = pytest.mark.parametrize("stage", [2, 3])
 
 
-@pytest.fixture(autouse=True)
-def one_rank(monkeypatch):
-    for key, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1"}.items():
-        monkeypatch.setenv(key, str(value))
-    monkeypatch.setenv("MASTER_PORT", "29793")
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+pytestmark = pytest.mark.usefixtures("one_rank")
 
 
 @pytest.fixture
