@@ -242,7 +242,11 @@ def shard(numel: int, s) -> int:
 
 
 def gathered(tensors, s) -> tuple[int, int]:
-    """(elements that stay gathered under ZeRO-3, those that are for a while)."""
+    """(elements that stay gathered under ZeRO-3, those that are for a while).
+
+    Every module's start has up to a prefetch bucket more gathered, so that it runs ahead up to max_live; a bucket is
+    copied out of the buffer it came in (partition_parameters.py, AllGatherCoalescedHandle).
+    """
     if s.world == 1:  # a gathered parameter is its shard (partition_parameters.py, _no_gather_coalesced)
         return 0, 0
     persistent = held = 0
@@ -251,7 +255,9 @@ def gathered(tensors, s) -> tuple[int, int]:
             persistent += tensor.numel
             held += shard(tensor.numel, s) * s.world  # gathered with the padding of its shards
     total, largest = sum(t.numel for t in tensors), max(t.numel for t in tensors)
-    return held, min(total - persistent, s.max_live, max(s.max_reuse, s.prefetch + 2 * largest))
+    ahead = s.max_live if s.prefetch else max(s.max_reuse, 2 * largest)
+    live = min(total - persistent, s.max_live, ahead)
+    return held, live + min(s.prefetch, live)
 
 
 def _sub_groups(sizes, limit) -> list[slice]:

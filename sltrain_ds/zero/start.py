@@ -1,10 +1,13 @@
 """Joins the ranks; what has to be compiled is compiled before they meet."""
 
+import atexit
 import os
 import socket
 from pathlib import Path
 
 import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
 
 from sltrain_ds.ops import builder
 
@@ -28,6 +31,14 @@ def start() -> None:
         builder.build_deepspeed_ops()
         deepspeed.init_distributed()
     _unname_shared_memory()
+    if get_accelerator().device_name() == "cpu":
+        atexit.register(_part)
+
+
+def _part() -> None:
+    """End gloo's threads while Python runs: one that outlives it aborts the process, and its exit code is lost."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _unname_shared_memory() -> None:
