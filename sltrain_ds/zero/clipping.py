@@ -13,8 +13,8 @@ class UnitClipping:
 
     mode    "global": none (a bound is refused beside the per-layer update)
             "per_layer": each unit's gradient is clipped by its own norm, over all ranks
-            "lagged": by the global norm of the step before, which is nearly this one's; the first step, which has
-            none, is clipped per layer
+            "lagged": by the global norm of the step before, which is nearly this one's, or by that of the units so
+            far where a spike has made it larger already
     bound   on the norm; 0.0: no clipping
 
     Norms are of averaged gradients before clipping. `last_norm` belongs in the checkpoint.
@@ -31,16 +31,14 @@ class UnitClipping:
         self._squares.clear()
 
     def coefficient(self, gradients: list[torch.Tensor]) -> torch.Tensor | float | None:
-        """What this rank's part of a unit's gradient is to be multiplied by, or None; a collective in "per_layer"."""
-        square = sum_of_squares(gradients, self.device)
+        """What this rank's part of a unit's gradient is to be multiplied by, or None; a collective with a bound."""
+        self._squares.append(sum_of_squares(gradients, self.device))
         if self.mode == "global" or not self.bound:
-            self._squares.append(square)
             return None
+        counted = self._squares if self.mode == "lagged" else self._squares[-1:]
+        norm = self._over_ranks(torch.stack(counted).sum()).sqrt()
         if self.mode == "lagged" and self.last_norm is not None:
-            self._squares.append(square)
-            return min(1.0, self.bound / (self.last_norm + 1e-6))
-        norm = self._over_ranks(square.clone()).sqrt()
-        self._squares.append(square)
+            norm = norm.clamp(min=self.last_norm)
         return (self.bound / (norm + 1e-6)).clamp(max=1.0)
 
     def end_step(self) -> torch.Tensor:

@@ -171,12 +171,23 @@ def test_clipping_coefficients():
 
     per_layer, lagged = UnitClipping("per_layer", 7.0, None, "cpu"), UnitClipping("lagged", 7.0, None, "cpu")
     assert step(per_layer) == ([1.0, 7 / 8], 10.0)
-    assert step(lagged) == ([1.0, 7 / 8], 10.0)  # the first step has no norm before it
+    assert step(lagged) == ([1.0, 0.7], 10.0)  # the first step has no norm before it, only that of the units so far
     assert step(lagged) == ([0.7, 0.7], 10.0)
-    lagged.last_norm = 5.0
-    assert step(lagged) == ([1.0, 1.0], 10.0)
+    lagged.last_norm = 5.0  # a spike after a quiet step: clipped as soon as it shows
+    assert step(lagged) == ([1.0, 0.7], 10.0)
+    lagged.last_norm = 20.0
+    assert step(lagged) == ([0.35, 0.35], 10.0)
     assert step(UnitClipping("lagged", 0.0, None, "cpu")) == ([None, None], 10.0)
     assert step(UnitClipping("global", 0.0, None, "cpu")) == ([None, None], 10.0)
+
+
+def test_clipping_is_by_the_norm_over_all_ranks(monkeypatch):
+    start()
+    monkeypatch.setattr(UnitClipping, "_over_ranks", lambda self, square: square * 4)  # as four ranks with equal parts
+    for mode, expected in (("per_layer", [1.0, 7 / 8]), ("lagged", [1.0, 0.7])):
+        clip = UnitClipping(mode, 7.0, None, "cpu")
+        found = [float(clip.coefficient([torch.full((1,), norm)])) for norm in (3.0, 4.0)]  # over all 6 and 8
+        assert found == pytest.approx(expected, rel=1e-5) and float(clip.end_step()) == pytest.approx(10.0)
 
 
 @STAGES
