@@ -127,6 +127,8 @@ def _parse_shape(item) -> Iterator[Shape]:
         names = ", ".join(name.removeprefix("llama_") for name in RECIPES)
         raise UserError(f"--shapes {item}: must be like 512x512:r128:d0.03 (out x in, rank, density) or one of {names}")
     sizes = [int(number) for number in found.groups()[:3]]
+    if not 1 <= sizes[2] <= min(sizes[:2]):
+        raise UserError(f"--shapes {item}: the rank must be from 1 to min(out, in) = {min(sizes[:2])}")
     return iter([Shape(*sizes) if found[4] is None else Shape(*sizes, float(found[4]))])
 
 

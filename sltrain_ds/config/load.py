@@ -82,7 +82,6 @@ def _top_level_keys(data):
 
 
 def _typed(block):
-    refused.refuse_block_values(block)
     try:
         return SLTrainBlock.model_validate(copy.deepcopy(block))
     except ValidationError as error:

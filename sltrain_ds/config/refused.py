@@ -7,11 +7,6 @@ from sltrain_ds.errors import UserError
 from .deepspeed_keys import REMOVED, REMOVED_ZERO
 from .jsonfile import shown
 
-_LATER = "is not in this version"
-
-# values of the block that a later version will take: (path, value) -> what to do
-_BLOCK_VALUES = {}
-
 # DeepSpeed blocks that do what sltrain_ds does itself, or that replace its engine
 _BLOCKS = {
     "bfloat16": 'is the old spelling; write "bf16": {"enabled": true}',
@@ -48,6 +43,10 @@ _KEPT_DEFAULTS = {
         (False,),
         "writes checkpoints that DeepSpeed 0.19.8 cannot resume from with this optimizer; remove it",
     ),
+    "zero_optimization.load_from_fp32_weights": (
+        (True,),
+        "would resume from weights rounded to bf16, not from where the run stood; remove it",
+    ),
     "zero_optimization.zero_quantized_weights": ((False,), "is not tested with converted layers; remove it"),
     "zero_optimization.zero_quantized_nontrainable_weights": ((False,), "is not tested here; remove it"),
     "zero_optimization.zero_quantized_gradients": ((False,), "is not tested with converted layers; remove it"),
@@ -61,17 +60,7 @@ _KEPT_DEFAULTS = {
 }
 
 # of zero_optimization, what the per-layer update leaves no choice of
-_PER_LAYER_ZERO = {"reduce_scatter": True, "contiguous_gradients": True}
-
-
-def refuse_block_values(block):
-    """Values of the `sltrain` block that other versions have, refused by name before the types see them."""
-    for (path, value), advice in _BLOCK_VALUES.items():
-        found = block
-        for name in path.split("."):
-            found = found.get(name) if isinstance(found, dict) else None
-        if found == value and type(found) is type(value):
-            raise UserError(f"sltrain.{path}: {shown(value)} {advice}")
+_PER_LAYER_ZERO = {"reduce_scatter": True, "contiguous_gradients": True, "ignore_unused_parameters": True}
 
 
 def refuse_removed(data):

@@ -87,6 +87,11 @@ def check_method(method, fields):
     for name, (out, width) in shapes.items():
         if not any(_targeted(name, target) for target in method.target_modules):
             continue
+        if name == "lm_head" and fields.get("tie_word_embeddings"):
+            raise UserError(
+                "sltrain.method.target_modules: lm_head shares the embedding's weight (tie_word_embeddings), which "
+                "cannot be converted; leave lm_head out, or set tie_word_embeddings false"
+            )
         if method.rank > min(out, width):
             raise UserError(
                 f"sltrain.method.rank: {method.rank} is above min(in, out) of {name} ({out} x {width}); "

@@ -39,6 +39,12 @@ def test_a_wrong_shape_is_told_in_a_line(wrong):
         op.parse_shapes(wrong)
 
 
+@pytest.mark.parametrize("rank", [0, 65])
+def test_a_rank_that_does_not_fit_its_shape(rank):
+    with pytest.raises(UserError, match=rf"--shapes 64x96:r{rank}: .*from 1 to .* 64"):
+        op.parse_shapes(f"64x96:r{rank}")
+
+
 def test_bench_op_prints_its_table_and_keeps_every_time(tmp_path, capsys):
     command = ["bench", "op", "--shapes", "24x16:r4:d0.1", "--tokens", "5,6", "--dtypes", "fp32", "--pairs", "2"]
     assert main([*command, "--out", str(tmp_path)]) == 0

@@ -204,6 +204,11 @@ BAD = {
         1000,
         ["stage3_module_granularity_threshold: 1000", "remove it"],
     ),
+    "masters from rounded weights": (
+        "zero_optimization.load_from_fp32_weights",
+        False,
+        ["load_from_fp32_weights: false", "remove it"],
+    ),
     "odd bucket": ("zero_optimization.allgather_bucket_size", 5001, ["allgather_bucket_size: 5001 is odd", "add 1"]),
     "prescaled gradients": ("prescale_gradients", True, ["prescale_gradients", "stage 2", "remove it"]),
     "predivided gradients": ("gradient_predivide_factor", 2.0, ["gradient_predivide_factor", "stage 2", "remove it"]),
@@ -401,6 +406,13 @@ def test_masters_without_bf16(line, good):
 def test_bitsandbytes_without_8bit(line):
     message = line(put("sltrain.precision", {"backend": "bitsandbytes"}))
     assert 'sltrain.precision.backend: "bitsandbytes" has no states "32bit"' in message
+
+
+def test_a_tied_head_as_a_target(line, good):
+    good["sltrain"]["model"] = {"config": {**OWN_MODEL, "tie_word_embeddings": True}}
+    good["sltrain"]["method"] |= {"rank": 8, "density": 0.1}
+    message = line(put("sltrain.method.target_modules", ["mlp", "lm_head"]))
+    assert "target_modules: lm_head shares the embedding's weight" in message and "leave lm_head out" in message
 
 
 @pytest.mark.parametrize("world", [3, 32])

@@ -39,6 +39,10 @@ REFUSED = {
         ("zero_optimization", "contiguous_gradients", False),
         ["contiguous_gradients", "remove it"],
     ),
+    "unused parameters": (
+        ("zero_optimization", "ignore_unused_parameters", False),
+        ["zero_optimization.ignore_unused_parameters", "remove it"],
+    ),
     "prescaled": (("prescale_gradients", None, True), ["prescale_gradients", "remove it"]),
     "predivided": (("gradient_predivide_factor", None, 2.0), ["gradient_predivide_factor", "remove it"]),
     "fp16": (("fp16", "enabled", True), ["fp16.enabled", "bf16.enabled true"]),
