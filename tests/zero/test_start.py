@@ -1,6 +1,8 @@
-"""What a start tidies up is its own alone."""
+"""What a start tidies up is its own alone, and what it began ends before Python does."""
 
 import os
+import subprocess
+import sys
 
 from sltrain_ds.zero import start
 
@@ -20,3 +22,17 @@ def test_the_shared_memory_of_another_user_stays(monkeypatch, tmp_path):
         path.touch()
     start._unname_shared_memory()
     assert [place for place, path in names.items() if not path.exists()] == [f"{user}_127.0.0.1_29500_0"]
+
+
+def test_the_process_group_is_gone_when_python_ends():
+    """What is registered first runs last: it sees what the start's own hook has left."""
+    process = subprocess.run(
+        [sys.executable, "-c", "import atexit, torch\n"
+         "atexit.register(lambda: print('alive at the end:', torch.distributed.is_initialized()))\n"
+         "from sltrain_ds.zero.start import start\n"
+         "start()\n"
+         "assert torch.distributed.is_initialized()\n"],
+        env={**os.environ, "DS_ACCELERATOR": "cpu"}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr[-2000:]
+    assert process.stdout.splitlines()[-1] == "alive at the end: False"
