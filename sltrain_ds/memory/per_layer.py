@@ -49,7 +49,10 @@ def held_per_layer(model: Model, s: zero.Settings, tokens: int, checkpointing: b
         gradients=gradients + accumulated,
         buckets=bucket + gathered * s.weight,
         step=accumulated,
-        init=2 * largest * s.weight if s.stage != 3 or s.world > 1 else largest * s.weight,
+        init=max(
+            (2 if s.stage != 3 or s.world > 1 else 1) * largest * s.weight,
+            zero.built(model.tensors, s) if s.stage == 3 else 0,
+        ),
     )
     return held, activations
 

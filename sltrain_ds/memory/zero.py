@@ -230,9 +230,16 @@ def _stage_3(groups, s):
         gradients=gradients + largest * s.weight,
         buckets=(bucket + passing) * s.weight,
         step=held_buckets + gradients + biggest * s.accumulate + cast_copy,
-        # a parameter is whole while its module is built
-        init=largest * s.weight + max(sharded * s.weight, biggest * s.master, held_buckets + gradients),
+        init=max(
+            built(tensors, s),
+            largest * s.weight + max(sharded * s.weight, biggest * s.master, held_buckets + gradients),
+        ),
     )
+
+
+def built(tensors, s) -> int:
+    """Bytes beside the shards while the largest parameter is built under ZeRO-3: whole, drawn in fp32, then cast."""
+    return max(t.numel for t in tensors) * (4 + (s.weight if s.weight != 4 else 0))
 
 
 def shard(numel: int, s) -> int:

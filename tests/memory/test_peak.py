@@ -25,6 +25,8 @@ CASES = [
     {"stage": 2, "length": 256, "loss": "chunked", "checkpointing": "non_reentrant"},
     {"stage": 2, "length": 256, "method": {"name": "low_rank", "rank": 32, "alpha": 8}},
     {"stage": 3, "weights": "bf16"},
+    # what is let go after use, as large parameters are
+    {"stage": 3, "weights": "bf16", "per_layer": True, "zero": {"stage3_param_persistence_threshold": 0}},
 ]
 
 
@@ -33,14 +35,15 @@ def config(case, world):
     return {
         "train_batch_size": 4 * world * case.get("accumulation", 1),
         "train_micro_batch_size_per_gpu": 4,
-        "gradient_clipping": 1.0,
+        "gradient_clipping": 0.0 if case.get("per_layer") else 1.0,
         "bf16": {"enabled": weights != "fp32"},
-        "zero_optimization": {"stage": case["stage"], "reduce_bucket_size": 400_000},
+        "zero_optimization": {"stage": case["stage"], "reduce_bucket_size": 400_000} | case.get("zero", {}),
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
         "sltrain": {
             "model": {"config": MODEL, "activation_checkpointing": case.get("checkpointing", "none")},
             "method": case.get("method", {"name": "sltrain", "rank": 32, "density": 0.03, "alpha": 8}),
             "precision": {"weights": weights},
+            "per_layer_update": case.get("per_layer", False),
             "op_mode": "compose",  # which is what the estimate counts
             "loss": case.get("loss", "full"),
             "tokenizer": "t",
