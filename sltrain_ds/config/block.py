@@ -225,7 +225,7 @@ class SLTrainBlock(Block):
     clipping: Literal["global", "per_layer", "lagged"] = Field(
         "global",
         description="what gradient_clipping bounds; with per_layer_update each layer's norm (per_layer), or all by the "
-        "larger of the global norm of the step before and that of the layers so far (lagged)",
+        "global norm as the layers so far foretell it (lagged)",
     )
     op_mode: Annotated[Any, BeforeValidator(check_op_mode), WithJsonSchema(OP_MODE_SCHEMA)] = Field(
         "auto",

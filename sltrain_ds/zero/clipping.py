@@ -13,22 +13,25 @@ class UnitClipping:
 
     mode    "global": none (a bound is refused beside the per-layer update)
             "per_layer": each unit's gradient is clipped by its own norm, over all ranks
-            "lagged": by the global norm of the step before, which is nearly this one's, or by that of the units so
-            far where a spike has made it larger already
+            "lagged": by the global norm as it is foretold from the units so far: they are taken to have the share of
+            it that they had in the step before (in the first step, which has none before, the whole)
     bound   on the norm; 0.0: no clipping
 
-    Norms are of averaged gradients before clipping. `last_norm` belongs in the checkpoint.
+    Norms are of averaged gradients before clipping. `last_sums` belongs in the checkpoint: the squared norm of the
+    units so far, after each unit of the step before; the last is the whole gradient's.
     """
 
     def __init__(self, mode: str, bound: float, process_group, device):
         self.mode, self.bound, self.process_group, self.device = mode, bound, process_group, device
-        self.last_norm: float | None = None
-        self._squares: list[torch.Tensor] = []
+        self.last_sums: list[float] = []
+        self._squares: list[torch.Tensor] = []  # of each unit, this rank's part
+        self._sums: list[torch.Tensor] = []
 
-    def start_step(self, last_norm: float | None) -> None:
-        """After a checkpoint: the norm of the step before, and none of a step that was not finished."""
-        self.last_norm = last_norm
+    def start_step(self, last_sums: list[float]) -> None:
+        """After a checkpoint: what the step before has left, and nothing of a step that was not finished."""
+        self.last_sums = last_sums
         self._squares.clear()
+        self._sums.clear()
 
     def coefficient(self, gradients: list[torch.Tensor]) -> torch.Tensor | float | None:
         """What this rank's part of a unit's gradient is to be multiplied by, or None; a collective with a bound."""
@@ -36,16 +39,23 @@ class UnitClipping:
         if self.mode == "global" or not self.bound:
             return None
         counted = self._squares if self.mode == "lagged" else self._squares[-1:]
-        norm = self._over_ranks(torch.stack(counted).sum()).sqrt()
-        if self.mode == "lagged" and self.last_norm is not None:
-            norm = norm.clamp(min=self.last_norm)
-        return (self.bound / (norm + 1e-6)).clamp(max=1.0)
+        square = self._over_ranks(torch.stack(counted).sum())
+        self._sums.append(square)
+        if self.mode == "lagged":
+            square = square / self._share(len(self._sums) - 1)
+        return (self.bound / (square.sqrt() + 1e-6)).clamp(max=1.0)
+
+    def _share(self, unit: int) -> float:
+        """Of the whole squared norm, what the units up to this one had in the step before."""
+        so_far = self.last_sums[unit] if unit < len(self.last_sums) else 0.0
+        return so_far / self.last_sums[-1] if so_far > 0 else 1.0
 
     def end_step(self) -> torch.Tensor:
         """The global norm of the step that ends; one all-reduce."""
         norm = self._over_ranks(torch.stack(self._squares).sum()).sqrt()
+        self.last_sums = torch.stack(self._sums).tolist() if self.mode == "lagged" and self._sums else []
         self._squares.clear()
-        self.last_norm = float(norm)
+        self._sums.clear()
         return norm
 
     def _over_ranks(self, square: torch.Tensor) -> torch.Tensor:

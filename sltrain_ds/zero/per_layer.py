@@ -11,7 +11,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import SINGLE_PARTITION_OF_FP32_GROUPS
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from sltrain_ds.zero.unit_update import LAST_NORM, UnitUpdate
+from sltrain_ds.zero.unit_update import LAST_SUMS, UnitUpdate
 
 
 class PerLayerZero2(UnitUpdate, DeepSpeedZeroOptimizer):
@@ -79,7 +79,7 @@ class PerLayerZero2(UnitUpdate, DeepSpeedZeroOptimizer):
         if self.world > 1:  # a slice of the flat weights would be saved with all of them
             masters = state[SINGLE_PARTITION_OF_FP32_GROUPS]
             state[SINGLE_PARTITION_OF_FP32_GROUPS] = [master.detach().clone() for master in masters]
-        return state | {LAST_NORM: self.clipping.last_norm}
+        return state | {LAST_SUMS: self.clipping.last_sums}
 
     def _load_global_state(self, sd):
         self.resume_units(sd)

@@ -13,7 +13,7 @@ from deepspeed.runtime.zero import stage3
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor
 
-from sltrain_ds.zero.unit_update import LAST_NORM, UnitUpdate
+from sltrain_ds.zero.unit_update import LAST_SUMS, UnitUpdate
 
 
 class PerLayerZero3(UnitUpdate, DeepSpeedZeroOptimizer_Stage3):
@@ -107,7 +107,7 @@ class PerLayerZero3(UnitUpdate, DeepSpeedZeroOptimizer_Stage3):
             self.optimizer.param_groups[self.group_of(i)]["params"] += [piece.master for piece in pieces]
 
     def state_dict(self):
-        return super().state_dict() | {LAST_NORM: self.clipping.last_norm}
+        return super().state_dict() | {LAST_SUMS: self.clipping.last_sums}
 
     def load_state_dict(self, state_dict_list, *args, **kwargs):
         self.resume_units(state_dict_list[self.rank])

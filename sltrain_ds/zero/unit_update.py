@@ -25,7 +25,7 @@ from sltrain_ds.errors import UserError
 from sltrain_ds.zero.clipping import UnitClipping
 from sltrain_ds.zero.units import adopt, unit_of
 
-LAST_NORM = "sltrain_last_grad_norm"  # its key in the checkpoint
+LAST_SUMS = "sltrain_last_sums_of_squares"  # of `UnitClipping`, its key in the checkpoint
 
 
 @dataclass(frozen=True)
@@ -84,12 +84,12 @@ class UnitUpdate:
 
     def resume_units(self, saved: dict) -> None:
         """What a checkpoint has for the update; and nothing stays of a step that was begun and not finished."""
-        if LAST_NORM not in saved:
+        if LAST_SUMS not in saved:
             raise UserError(
                 "sltrain.per_layer_update: true, but the checkpoint was written without it; set it to false, or load "
                 "the weights alone (load_module_only=True)"
             )
-        self.clipping.start_step(saved[LAST_NORM])
+        self.clipping.start_step(saved[LAST_SUMS])
         self.reduced.clear()
         for unit in self.units:
             unit.bucket, unit.stepped = None, False

@@ -171,12 +171,14 @@ def test_clipping_coefficients():
 
     per_layer, lagged = UnitClipping("per_layer", 7.0, None, "cpu"), UnitClipping("lagged", 7.0, None, "cpu")
     assert step(per_layer) == ([1.0, 7 / 8], 10.0)
-    assert step(lagged) == ([1.0, 0.7], 10.0)  # the first step has no norm before it, only that of the units so far
+    assert step(lagged) == ([1.0, 0.7], 10.0)  # no step before the first: the norm of the units so far
+    assert step(lagged) == ([0.7, 0.7], 10.0)  # the first unit had 6 of 10, so it foretells 10
+    lagged.start_step([9.0, 25.0])  # 3 of 5: the same shares in a step that was half as large
     assert step(lagged) == ([0.7, 0.7], 10.0)
-    lagged.last_norm = 5.0  # a spike after a quiet step: clipped as soon as it shows
+    lagged.start_step([64.0, 100.0])  # 8 of 10: it foretells 7.5
+    assert step(lagged) == ([7 / 7.5, 0.7], 10.0)
+    lagged.start_step([0.0, 25.0])  # nothing to go by
     assert step(lagged) == ([1.0, 0.7], 10.0)
-    lagged.last_norm = 20.0
-    assert step(lagged) == ([0.35, 0.35], 10.0)
     assert step(UnitClipping("lagged", 0.0, None, "cpu")) == ([None, None], 10.0)
     assert step(UnitClipping("global", 0.0, None, "cpu")) == ([None, None], 10.0)
 
