@@ -113,6 +113,9 @@ def read_state(path: Path) -> dict:
 # what of a block may change from one start to the next; "dir", since data may move
 FREE = {"model": ("activation_checkpointing",), "method": ("lr_scale",), "precision": (), "data": ("dir",), "seed": (),
         "per_layer_update": ()}  # fmt: skip
+# where values lie in the partitions: key -> (stages, default) of DeepSpeed 0.19.8, which may read others as if they fit
+LAYOUT = {"round_robin_gradients": ((1, 2), False), "parameter_alignment": ((1, 2), False),
+          "sub_group_size": ((3,), 1_000_000_000)}  # fmt: skip
 
 
 def _check_it_fits(state: dict, run, path: Path) -> None:
@@ -130,6 +133,11 @@ def _check_it_fits(state: dict, run, path: Path) -> None:
     pairs = {f"sltrain.{key}": [_fixed(c["sltrain"].get(key), FREE[key]) for c in (before, now)] for key in FREE}
     pairs["train_batch_size"] = [c["train_batch_size"] for c in (before, now)]  # the order of the data depends on it
     pairs["optimizer.type"] = [c["optimizer"]["type"] for c in (before, now)]
+    for key, (stages, default) in LAYOUT.items():
+        if run.zero_stage in stages:
+            pairs[f"zero_optimization.{key}"] = [
+                c.get("zero_optimization", {}).get(key, default) for c in (before, now)
+            ]
     for key, (trained, asked) in pairs.items():
         if trained != asked:
             key, trained, asked = _innermost(key, trained, asked)

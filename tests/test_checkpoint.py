@@ -4,6 +4,7 @@ import pytest
 
 from sltrain_ds import checkpoint, models
 from sltrain_ds.config import from_dict
+from sltrain_ds.errors import UserError
 from sltrain_ds.zero.initialize import initialize, partitioner
 
 pytestmark = pytest.mark.usefixtures("one_rank")
@@ -28,3 +29,26 @@ def test_the_bound_on_gradients_is_the_configs(engine_of, stage):
     checkpoint.resume(engine, run, saved)
     assert engine.optimizer.clip_grad == 0.5
     engine.destroy()
+
+
+@pytest.mark.parametrize(
+    ("stage", "key", "default", "other"),
+    [
+        (1, "round_robin_gradients", False, True),
+        (2, "parameter_alignment", False, True),
+        (3, "sub_group_size", 1_000_000_000, 2000),
+    ],
+)
+def test_another_layout_of_the_partitions_is_refused(engine_of, tiny_config, stage, key, default, other):
+    """On two ranks round_robin_gradients was read without a word, and each weight took the values of others."""
+    run, engine = engine_of(zero_optimization__stage=stage)
+    saved = str(checkpoint.save(engine, run, 1, 0))
+    engine.destroy()
+
+    def asked(value):
+        zero = {"zero_optimization__stage": stage, f"zero_optimization__{key}": value}
+        return from_dict(tiny_config(train_batch_size=2, **zero))
+
+    assert checkpoint.find(saved, asked(default)).name == "step_00000001"
+    with pytest.raises(UserError, match=rf"^zero_optimization.{key}: .*; set it back$"):
+        checkpoint.find(saved, asked(other))
