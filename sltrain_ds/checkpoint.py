@@ -18,12 +18,23 @@ from sltrain_ds.zero.support_check import supports
 
 
 def save(engine, run, step: int, tokens: int) -> Path:
-    """Write checkpoints/step_XXXXXXXX on all ranks, then drop the oldest beyond `checkpoint.keep`."""
+    """Write checkpoints/step_XXXXXXXX on all ranks, then drop the oldest beyond `checkpoint.keep`.
+
+    Raises `UserError` where the disk is full; what is there of the folder then is no checkpoint to `--resume latest`.
+    """
     folder, tag = run.checkpoint_dir, f"step_{step:08d}"
     if dist.get_rank() == 0:
         (folder / tag / STATE_FILE).unlink(missing_ok=True)
     dist.barrier()
-    engine.save_checkpoint(str(folder), tag=tag, client_state={"step": step, "tokens": tokens}, save_latest=False)
+    try:
+        engine.save_checkpoint(str(folder), tag=tag, client_state={"step": step, "tokens": tokens}, save_latest=False)
+    except RuntimeError as error:
+        if "inline_container" not in str(error):  # torch's writer, which hides why a write failed
+            raise
+        raise UserError(
+            f"sltrain.checkpoint.dir: rank {dist.get_rank()} cannot write all of {folder / tag}; make room on that "
+            "disk, or within your quota, then --resume latest"
+        ) from error
     held = supports(engine.module)
     dist.barrier()
     if dist.get_rank() == 0:

@@ -1,5 +1,7 @@
 """What a resumed run takes from its checkpoint and what from its config."""
 
+import resource
+
 import pytest
 
 from sltrain_ds import checkpoint, models
@@ -52,3 +54,19 @@ def test_another_layout_of_the_partitions_is_refused(engine_of, tiny_config, sta
     assert checkpoint.find(saved, asked(default)).name == "step_00000001"
     with pytest.raises(UserError, match=rf"^zero_optimization.{key}: .*; set it back$"):
         checkpoint.find(saved, asked(other))
+
+
+def test_a_full_disk_is_said_in_one_line(engine_of):
+    run, engine = engine_of()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # a write fails in the middle of a file
+    try:
+        with pytest.raises(
+            UserError, match=r"^sltrain\.checkpoint\.dir: rank 0 cannot write all of .*step_00000002; make"
+        ):
+            checkpoint.save(engine, run, 2, 0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with pytest.raises(UserError, match="no complete checkpoint"):
+        checkpoint.find("latest", run)
+    engine.destroy()
