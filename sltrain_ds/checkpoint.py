@@ -18,12 +18,23 @@ from sltrain_ds.zero.support_check import supports
 
 
 def save(engine, run, step: int, tokens: int) -> Path:
-    """Write checkpoints/step_XXXXXXXX on all ranks, then drop the oldest beyond `checkpoint.keep`."""
+    """Write checkpoints/step_XXXXXXXX on all ranks, then drop the oldest beyond `checkpoint.keep`.
+
+    Raises `UserError` where the disk is full; what is there of the folder then is no checkpoint to `--resume latest`.
+    """
     folder, tag = run.checkpoint_dir, f"step_{step:08d}"
     if dist.get_rank() == 0:
         (folder / tag / STATE_FILE).unlink(missing_ok=True)
     dist.barrier()
-    engine.save_checkpoint(str(folder), tag=tag, client_state={"step": step, "tokens": tokens}, save_latest=False)
+    try:
+        engine.save_checkpoint(str(folder), tag=tag, client_state={"step": step, "tokens": tokens}, save_latest=False)
+    except RuntimeError as error:
+        if "inline_container" not in str(error):  # torch's writer, which hides why a write failed
+            raise
+        raise UserError(
+            f"sltrain.checkpoint.dir: rank {dist.get_rank()} cannot write all of {folder / tag}; make room on that "
+            "disk, or within your quota, then --resume latest"
+        ) from error
     held = supports(engine.module)
     dist.barrier()
     if dist.get_rank() == 0:
@@ -113,6 +124,9 @@ def read_state(path: Path) -> dict:
 # what of a block may change from one start to the next; "dir", since data may move
 FREE = {"model": ("activation_checkpointing",), "method": ("lr_scale",), "precision": (), "data": ("dir",), "seed": (),
         "per_layer_update": ()}  # fmt: skip
+# where values lie in the partitions: key -> (stages, default) of DeepSpeed 0.19.8, which may read others as if they fit
+LAYOUT = {"round_robin_gradients": ((1, 2), False), "parameter_alignment": ((1, 2), False),
+          "sub_group_size": ((3,), 1_000_000_000)}  # fmt: skip
 
 
 def _check_it_fits(state: dict, run, path: Path) -> None:
@@ -130,6 +144,11 @@ def _check_it_fits(state: dict, run, path: Path) -> None:
     pairs = {f"sltrain.{key}": [_fixed(c["sltrain"].get(key), FREE[key]) for c in (before, now)] for key in FREE}
     pairs["train_batch_size"] = [c["train_batch_size"] for c in (before, now)]  # the order of the data depends on it
     pairs["optimizer.type"] = [c["optimizer"]["type"] for c in (before, now)]
+    for key, (stages, default) in LAYOUT.items():
+        if run.zero_stage in stages:
+            pairs[f"zero_optimization.{key}"] = [
+                c.get("zero_optimization", {}).get(key, default) for c in (before, now)
+            ]
     for key, (trained, asked) in pairs.items():
         if trained != asked:
             key, trained, asked = _innermost(key, trained, asked)

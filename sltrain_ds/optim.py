@@ -79,12 +79,11 @@ def _bitsandbytes(groups, common, decoupled):
         raise UserError(
             f'sltrain.precision.backend: "bitsandbytes" cannot be imported ({error}); install it or set "ours"'
         ) from None
-    kind = bnb.optim.AdamW8bit if decoupled else bnb.optim.Adam8bit
-    optimizer = kind(groups, **common)
-    optimizer.mng.index2config.clear()  # one manager serves the process: drop an earlier optimizer's rules
-    for index, group in enumerate(groups):
-        if group["name"] == "norms":
-            # keyed by (group, position): it holds for the flat partitions ZeRO puts in the parameters' place too
-            for position in range(len(group["params"])):
-                optimizer.mng.index2config[(index, position)] = {"optim_bits": 32}
-    return optimizer
+
+    class ByGroup(bnb.optim.AdamW8bit if decoupled else bnb.optim.Adam8bit):
+        # bitsandbytes knows rules by a tensor or by (group, position); ZeRO replaces the tensors and steps groups alone
+        def get_config(self, gindex, pindex, group):
+            wide = {"optim_bits": 32} if group["name"].rpartition("/")[2] == "norms" else {}
+            return super().get_config(gindex, pindex, group) | wide
+
+    return ByGroup(groups, **common)

@@ -23,7 +23,8 @@ def main(argv=None) -> int:
         print(f"sltrain-ds: error: {error}", file=sys.stderr, flush=True)
         return 2
     except OSError as error:  # a full disk, a directory that cannot be written
-        print(f"sltrain-ds: error: rank {rank}: {error.filename}: {error.strerror}", file=sys.stderr, flush=True)
+        said = f"{error.filename}: {error.strerror}" if error.filename else error  # a failed write names no file
+        print(f"sltrain-ds: error: rank {rank}: {said}", file=sys.stderr, flush=True)
         return 2
 
 

@@ -100,7 +100,6 @@ class Engine:
                 if run.sltrain.loss == "chunked":
                     use_chunked_loss(model)
                 self.engine, *_ = initialize(model=model, config=run)
-            _own_overrides(self.engine.basic_optimizer)
             if naive:
                 to_naive(model)
             self.norm = GradNorm(self.engine)
@@ -161,15 +160,6 @@ def _source(run):
 
 def _naive_index(model) -> int:
     return sum(b.nbytes for name, b in model.named_buffers() if name.endswith("S_index"))
-
-
-def _own_overrides(optimizer) -> None:
-    """bitsandbytes keeps 32-bit overrides by (group, position) for the whole process: give each optimizer its own."""
-    shared = getattr(optimizer, "mng", None)
-    if shared is not None:
-        optimizer.mng = copy.copy(shared)
-        optimizer.mng.index2config = dict(shared.index2config)
-        shared.index2config.clear()
 
 
 def _be_the_only_rank() -> None:

@@ -5,7 +5,8 @@ signed dynamic map of three decades for the first moment, and for the second of 
 zero: a small second moment that became 0 would make a huge step (Li, Chen, Zhu, "Memory efficient optimizers with
 4-bit states", NeurIPS 2023, arXiv 2309.01507).
 
-The C++ (csrc/adam4bit.cpp), the CUDA kernel (csrc/cuda/adam4bit.cu) and ``adam4bit_reference`` agree bit for bit.
+The C++ (csrc/adam4bit.cpp), the CUDA kernel (csrc/cuda/adam4bit.cu) and ``adam4bit_reference`` agree bit for bit, but
+for the codes of a block whose absmax is not finite.
 """
 
 import functools

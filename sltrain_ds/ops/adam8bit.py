@@ -8,7 +8,8 @@ and rounding are bitsandbytes' (0.50), so its checkpoints and ours hold the same
 bfloat16 parameters are rounded to nearest, or stochastically: 16 bits of noise are added below the kept bits. The
 noise is a function of (seed, step, key, element index) in integer arithmetic, so no world size, sharding, thread or
 device changes it. The C++ (csrc/adam8bit.cpp), the CUDA kernel (csrc/cuda/adam8bit.cu) and ``adam8bit_reference`` do
-the same operations in the same order, each rounded by itself: they agree bit for bit.
+the same operations in the same order, each rounded by itself: they agree bit for bit, but for the codes of a block
+whose absmax is not finite, which name nothing.
 """
 
 import functools

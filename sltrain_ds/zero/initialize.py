@@ -9,6 +9,7 @@ from deepspeed.accelerator import get_accelerator
 from sltrain_ds.blockwise_adam import BlockwiseAdam
 from sltrain_ds.config import RunConfig, from_dict
 from sltrain_ds.config.jsonfile import read_json
+from sltrain_ds.errors import UserError
 from sltrain_ds.optim import build_optimizer
 from sltrain_ds.zero.agree_on_modes import agree_on_modes
 from sltrain_ds.zero.aligned import AlignedInit, partition_aligned
@@ -31,15 +32,19 @@ def initialize(
     ranks get wrong.
     """
     start()
-    config = config or config_params or getattr(args, "deepspeed_config", None)
-    run = _run_config(config)
+    run = _run_config(config or config_params or getattr(args, "deepspeed_config", None))
     if run is not None:
         agree_on_modes(model, run, get_accelerator().current_device_name())
         optimizer = optimizer or build_optimizer(model, run)
         if run.sltrain.per_layer_update:
+            if not isinstance(optimizer, torch.optim.Optimizer):
+                raise UserError(
+                    "initialize: with sltrain.per_layer_update true, optimizer must be a torch.optim.Optimizer, whose "
+                    f"groups are split by layer; got {type(optimizer).__name__}"
+                )
             split_by_unit(model, optimizer)
         config = _for_deepspeed(run, getattr(optimizer, "param_groups", []))
-        args = None  # its deepspeed_config, the file itself, would be a second config
+        args = config_params = None  # the file itself would be a second config
     aligned = isinstance(optimizer, BlockwiseAdam)
     if aligned and run is not None and run.zero_stage == 3:
         partition_aligned(model, config, _dtype(run))
@@ -47,7 +52,7 @@ def initialize(
     with zero_classes(aligned, clipping):
         result = deepspeed.initialize(
             args=args, model=model, optimizer=optimizer, model_parameters=model_parameters,
-            training_data=training_data, lr_scheduler=lr_scheduler, config=config, **rest,
+            training_data=training_data, lr_scheduler=lr_scheduler, config=config, config_params=config_params, **rest,
         )  # fmt: skip
     if isinstance(result[1], UnitUpdate) and deepspeed.comm.get_rank() == 0:
         print(result[1].describe())
@@ -77,6 +82,8 @@ def _dtype(run):
 def _run_config(config) -> RunConfig | None:
     if isinstance(config, RunConfig):
         return config
+    if config is None:
+        raise UserError("initialize: no config; pass config, a JSON path, a dict or a RunConfig")
     if not isinstance(config, dict):
         config = read_json(config)
     return from_dict(config, world_size=deepspeed.comm.get_world_size()) if "sltrain" in config else None

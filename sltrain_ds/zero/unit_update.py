@@ -110,7 +110,7 @@ class UnitUpdate:
         found = []
         for parameter, start, offset, length in self.cut(i):
             master = self.partitions[i].detach()[offset : offset + length].requires_grad_()
-            adopt(self.optimizer, self.optimizer.param_groups[self.group_of(i)], master, parameter, start)
+            adopt(self.optimizer, master, parameter, start)
             found.append(Piece(parameter, start, offset, master))
         return found
 

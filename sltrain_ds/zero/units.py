@@ -27,11 +27,6 @@ def unit_of(group: dict) -> str:
     return group["name"].rpartition("/")[0]
 
 
-def role_of(group: dict) -> str:
-    """The name that group had before."""
-    return group["name"].rpartition("/")[2]
-
-
 def _units(model) -> dict[nn.Parameter, str]:
     """Parameter -> unit, in the order of `model.named_parameters()`; a tied one belongs to its first unit."""
     blocks = {
@@ -51,9 +46,7 @@ def _units(model) -> dict[nn.Parameter, str]:
     return units
 
 
-def adopt(optimizer, group: dict, piece, parameter, offset: int) -> None:
-    """Tell the inner optimizer that `piece` (n,) stands for elements `offset`.. of `parameter`, which is in `group`."""
+def adopt(optimizer, piece, parameter, offset: int) -> None:
+    """Tell the inner optimizer that `piece` (n,) stands for elements `offset`.. of `parameter`."""
     if isinstance(optimizer, BlockwiseAdam):
         optimizer.segments[piece] = [Segment(parameter_key(optimizer.names[parameter]), 0, piece.numel(), offset)]
-    elif role_of(group) == "norms" and hasattr(optimizer, "mng"):  # bitsandbytes: 32-bit states, whatever the size
-        optimizer.mng.pid2config[id(piece)] = {"optim_bits": 32}

@@ -65,7 +65,6 @@ def live(deepspeed, case):
     }
     if case["weights"] == "bf16":
         config["bf16"] |= {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
-    forget_other_optimizers()
     optimizer = build_optimizer(model, run)
     ours = case["backend"] == "ours"
     if ours and case["stage"] == 3:
@@ -76,13 +75,6 @@ def live(deepspeed, case):
     engine.backward(engine(input_ids=ids, labels=ids).loss)
     engine.step()
     return measure(engine, optimizer, case["stage"])
-
-
-def forget_other_optimizers():
-    """bitsandbytes keeps overrides by (group, position) in one manager for the whole process."""
-    from bitsandbytes.optim import GlobalOptimManager
-
-    GlobalOptimManager.get_instance().index2config.clear()
 
 
 def size(tensors):
@@ -145,7 +137,6 @@ def peaks(deepspeed, case):
     from sltrain_ds.ops import workspace
     from sltrain_ds.zero.initialize import initialize, partitioner
 
-    forget_other_optimizers()
     workspace.release()
     gc.collect()
     run = from_dict(case["peak"], world_size=torch.distributed.get_world_size())

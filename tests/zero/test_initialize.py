@@ -1,5 +1,6 @@
 """`initialize` as a drop-in: roles keep their rates under every scheduler, foreign models and configs pass."""
 
+import argparse
 import json
 
 import pytest
@@ -86,6 +87,24 @@ def test_a_model_and_a_config_without_sltrain_pass_as_they_are(tmp_path):
     assert not torch.equal(before, model.weight)
     assert loader is None and schedule is None
     engine.destroy()
+
+
+@pytest.mark.parametrize("place", ["args", "config_params"])
+def test_a_config_may_come_as_deepspeed_takes_it(tmp_path, place):
+    path = tmp_path / "plain.json"
+    path.write_text(json.dumps(_foreign()))
+    given = {"args": argparse.Namespace(deepspeed_config=str(path))} if place == "args" else {place: str(path)}
+    engine, *_ = initialize(model=torch.nn.Linear(4, 4), **given)
+    assert engine.train_batch_size() == 2
+    engine.destroy()
+
+
+def test_what_cannot_be_initialized_is_said_in_one_line(tiny_config):
+    with pytest.raises(UserError, match="no config; pass config"):
+        initialize(model=torch.nn.Linear(4, 4))
+    config = tiny_config(sltrain__per_layer_update=True, sltrain__clipping="lagged", train_batch_size=2)
+    with pytest.raises(UserError, match=r"optimizer must be a torch\.optim\.Optimizer.*got function"):
+        initialize(model=models.build(from_dict(config)), config=config, optimizer=lambda p: torch.optim.AdamW(p))
 
 
 def test_a_model_of_ones_own_takes_the_config(tiny_config):
