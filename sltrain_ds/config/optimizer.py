@@ -57,6 +57,11 @@ def check_scheduler(data):
         if key not in params:
             auto = ' or "auto"' if SCHEDULERS[kind][key].auto else ""
             raise UserError(f"scheduler.params.{key}: is missing, {kind} needs it; write a number{auto}")
+    if kind == "OneCycle" and "cycle_momentum" not in params:
+        raise UserError(
+            "scheduler.params.cycle_momentum: is missing, and DeepSpeed would put its own momentum in the place of "
+            "optimizer.params.betas; write false, or true to have that"
+        )
     return {**block, "type": kind, "params": params}
 
 

@@ -283,9 +283,14 @@ BAD = {
         {"type": "WarmupDecayLR", "params": {"total_num_steps": 11000}},
         ["scheduler.params.warmup_max_lr: is missing"],
     ),
+    "OneCycle's own momentum": (
+        "scheduler",
+        {"type": "OneCycle", "params": {"cycle_min_lr": 0.001, "cycle_max_lr": 0.01}},
+        ["scheduler.params.cycle_momentum: is missing", "optimizer.params.betas", "write false"],
+    ),
     "OneCycle upside down": (
         "scheduler",
-        {"type": "OneCycle", "params": {"cycle_min_lr": 0.1, "cycle_max_lr": 0.01}},
+        {"type": "OneCycle", "params": {"cycle_min_lr": 0.1, "cycle_max_lr": 0.01, "cycle_momentum": False}},
         ["scheduler.params.cycle_min_lr: 0.1 is above cycle_max_lr 0.01"],
     ),
     # against the model

@@ -21,7 +21,7 @@ SCHEDULERS = {
     "WarmupCosineLR": {"total_num_steps": 40, "warmup_num_steps": 4, "cos_min_ratio": 0.1, "warmup_type": "linear"},
     "WarmupLR": {"warmup_max_lr": 0.003, "warmup_num_steps": 4, "warmup_type": "linear"},
     "WarmupDecayLR": {"warmup_max_lr": 0.003, "warmup_num_steps": 4, "total_num_steps": 40, "warmup_type": "linear"},
-    "OneCycle": {"cycle_min_lr": 0.0003, "cycle_max_lr": 0.003},
+    "OneCycle": {"cycle_min_lr": 0.0003, "cycle_max_lr": 0.003, "cycle_momentum": False},
     "LRRangeTest": {"lr_range_test_min_lr": 0.003},
 }
 
