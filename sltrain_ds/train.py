@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import shutil
 import sys
 import time
@@ -25,6 +26,12 @@ def main(argv=None) -> int:
     except OSError as error:  # a full disk, a directory that cannot be written
         print(f"sltrain-ds: error: rank {rank}: {os_error_line(error)}", file=sys.stderr, flush=True)
         return 2
+    except RuntimeError as error:
+        if not re.search(r"Connection (closed|reset) by peer", str(error)):
+            raise
+        time.sleep(3)  # another rank has ended and said why; the launcher sees its exit code first and ends this one
+        print(f"sltrain-ds: error: rank {rank}: another rank has ended", file=sys.stderr, flush=True)
+        return 1
     except KeyboardInterrupt:
         if rank == 0:
             print("sltrain-ds: stopped; --resume latest goes on from the last checkpoint", file=sys.stderr, flush=True)

@@ -25,6 +25,11 @@ def test_single_node_needs_a_config():
         (KeyboardInterrupt(), 130, "sltrain-ds: stopped; --resume latest goes on from the last checkpoint\n"),
         (OSError(28, "No space left on device"), 2, "sltrain-ds: error: rank 0: No space left on device\n"),
         (PermissionError(13, "Denied", "a/b"), 2, "sltrain-ds: error: rank 0: a/b: Denied\n"),
+        (
+            RuntimeError("[gloo/pair.cc:553] Connection closed by peer [::1]:1. This is"),
+            1,
+            "sltrain-ds: error: rank 0: another rank has ended\n",
+        ),
     ],
 )
 def test_training_stops_in_one_line(monkeypatch, capsys, error, code, line):
@@ -32,6 +37,7 @@ def test_training_stops_in_one_line(monkeypatch, capsys, error, code, line):
         raise error
 
     monkeypatch.setattr(train, "_train", stopped)
+    monkeypatch.setattr(train.time, "sleep", lambda seconds: None)
     monkeypatch.delenv("RANK", raising=False)
     assert train.main(["config.json"]) == code
     assert capsys.readouterr().err == line
