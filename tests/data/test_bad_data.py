@@ -202,7 +202,7 @@ OPEN_BAD = {
         "shard '../x.bin'",
     ),
     "no train": (lambda d: edit(d, lambda i: i["splits"].pop("train")), "no train split"),
-    "cut shard": (lambda d: (d / "train-00001.bin").write_bytes(b"12"), "train-00001.bin: 2 bytes, but"),
+    "cut shard": (lambda d: (d / "train-00001.bin").write_bytes(b"12"), "prepare the data again with --overwrite"),
     "no shard": (lambda d: (d / "train-00000.bin").unlink(), "train-00000.bin: missing"),
 }
 
