@@ -7,6 +7,7 @@ from pathlib import Path
 
 from deepspeed import comm as dist
 
+from sltrain_ds.checkpoint_files import check_whole, files_of_rank, told_as_one_line
 from sltrain_ds.config import from_dict
 from sltrain_ds.config.jsonfile import shown
 from sltrain_ds.errors import UserError
@@ -26,15 +27,8 @@ def save(engine, run, step: int, tokens: int) -> Path:
     if dist.get_rank() == 0:
         (folder / tag / STATE_FILE).unlink(missing_ok=True)
     dist.barrier()
-    try:
+    with told_as_one_line(folder / tag):
         engine.save_checkpoint(str(folder), tag=tag, client_state={"step": step, "tokens": tokens}, save_latest=False)
-    except RuntimeError as error:
-        if "inline_container" not in str(error):  # torch's writer, which hides why a write failed
-            raise
-        raise UserError(
-            f"sltrain.checkpoint.dir: rank {dist.get_rank()} cannot write all of {folder / tag}; make room on that "
-            "disk, or within your quota, then --resume latest"
-        ) from error
     held = supports(engine.module)
     dist.barrier()
     if dist.get_rank() == 0:
@@ -50,6 +44,7 @@ def save(engine, run, step: int, tokens: int) -> Path:
         write_json(folder / tag / STATE_FILE, state)
         write_text(folder / "latest", tag)
         for old in complete_checkpoints(folder)[: -run.sltrain.checkpoint.keep]:
+            (old / STATE_FILE).unlink()  # first, so that one half gone counts as incomplete
             shutil.rmtree(old)
     dist.barrier()
     return folder / tag
@@ -95,6 +90,7 @@ def resume(engine, run, path: Path) -> tuple[int, int]:
     for name, info in state["supports"].items():
         if held.get(name) != info:
             raise UserError(f"{path}: this version draws another support for {name} ({info}, now {held.get(name)})")
+    check_whole(files_of_rank(path, run.zero_stage, dist.get_rank()))
     chosen = [dict(group) for group in engine.optimizer.param_groups]
     with safe_checkpoint_engine(engine):
         loaded, _ = engine.load_checkpoint(str(path.parent), tag=path.name)

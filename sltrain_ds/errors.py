@@ -1,4 +1,4 @@
-"""The one exception for what a user can put right."""
+"""What a user can put right, in one line."""
 
 
 class UserError(Exception):
@@ -6,3 +6,10 @@ class UserError(Exception):
 
     Entry points print it as ``sltrain-ds: error: LINE`` and exit with code 2, without a traceback.
     """
+
+
+def os_error_line(error: OSError) -> str:
+    """FILE: what, on one line; what alone where the error names no file."""
+    lines = str(error.strerror or error).strip().splitlines()
+    what = lines[0] if lines else type(error).__name__
+    return f"{error.filename}: {what}" if error.filename is not None else what

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from safetensors.torch import save_file
 from torch import nn
 
+from sltrain_ds.checkpoint_files import check_whole, files_with_weights
 from sltrain_ds.config.block import Model
 from sltrain_ds.converted import convert_skeleton, copy_tokenizer, is_converted, read_config
 from sltrain_ds.converted import skeleton as converted_skeleton
@@ -55,6 +56,7 @@ def export(source: str | Path, out: str | Path, dtype: str = "auto", shard_bytes
     a support does not come out as it was trained on, or `out` is not empty.
     """
     checkpoint = open_checkpoint(source)
+    check_whole(files_with_weights(checkpoint.dir))
     block = checkpoint.config.get("sltrain", {})
     target = _dtype(dtype, checkpoint)
     model = _skeleton(block, checkpoint)

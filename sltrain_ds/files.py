@@ -35,7 +35,10 @@ def new_directory(out: Path) -> Iterator[Path]:
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out}: exists and is not an empty directory; give a new one")
     partial = out.absolute().with_name(f".{out.name}.partial-{os.getpid()}")
-    partial.mkdir(parents=True)
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be made ({error.strerror}); give a directory that can be written") from None
     try:
         yield partial
         mode = partial.stat().st_mode & 0o666  # safetensors writes for the owner alone; the umask decides here

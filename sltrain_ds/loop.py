@@ -2,6 +2,7 @@
 
 import math
 import time
+from contextlib import closing
 
 import torch
 from torch import distributed
@@ -27,11 +28,15 @@ def train(engine, run, source, validation, meter: Meter, start_step: int = 0, st
     the run's global batch: `run.accumulation` micro-batches on each rank. The loss of a step is the mean over all its
     predicted tokens.
     """
+    with closing(Progress(run.sltrain.steps, start_step, engine.global_rank)) as progress:
+        _train(progress, engine, run, source, validation, meter, start_step, start_tokens)
+
+
+def _train(progress, engine, run, source, validation, meter, start_step, tokens) -> None:
+    """`train`, whose bar's line has ended when an error's begins."""
     block, rank, world = run.sltrain, engine.global_rank, run.world_size
     metrics = Metrics(run.run_dir, engine, rank, start_step if start_step else None)
-    progress = Progress(block.steps, start_step, rank)
     grad_norm = GradNorm(engine)
-    tokens = start_tokens
 
     def evaluation(step):
         result = evaluate(engine, validation(), engine.device)
@@ -54,7 +59,6 @@ def train(engine, run, source, validation, meter: Meter, start_step: int = 0, st
         metrics.log(step + 1, loss=loss, lr=lr, grad_norm=norm, tokens=tokens, tokens_per_second=rate, memory=memory)
         progress.step(loss, rate, memory["peak"])
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            progress.close()
             raise NonFiniteLoss(
                 f"step {step + 1}: loss {loss}, gradient norm {norm}; stopped (on_nonfinite: stop). "
                 "Lower the lr or set gradient_clipping, then --resume latest"
@@ -64,7 +68,6 @@ def train(engine, run, source, validation, meter: Meter, start_step: int = 0, st
             evaluation(step + 1)
         if last or _due(step + 1, block.checkpoint.every):
             checkpoint.save(engine, run, step + 1, tokens)
-    progress.close()
 
 
 def optimizer_step(engine, batches, grad_norm: GradNorm, meter: Meter | None = None) -> float:

@@ -2,17 +2,18 @@
 
 import argparse
 import os
+import re
 import shutil
 import sys
 import time
 from pathlib import Path
 
 from sltrain_ds.config import load
-from sltrain_ds.errors import UserError
+from sltrain_ds.errors import UserError, os_error_line
 
 
 def main(argv=None) -> int:
-    """Exit code 0 when trained, 2 for what the user can put right, 1 for a loss that is no number."""
+    """Exit code 0 when trained, 2 for what the user can put right, 1 for a loss that is no number, 130 for Ctrl-C."""
     args = _parse(argv)
     rank = int(os.environ.get("RANK", 0))
     try:
@@ -23,9 +24,18 @@ def main(argv=None) -> int:
         print(f"sltrain-ds: error: {error}", file=sys.stderr, flush=True)
         return 2
     except OSError as error:  # a full disk, a directory that cannot be written
-        said = f"{error.filename}: {error.strerror}" if error.filename else error  # a failed write names no file
-        print(f"sltrain-ds: error: rank {rank}: {said}", file=sys.stderr, flush=True)
+        print(f"sltrain-ds: error: rank {rank}: {os_error_line(error)}", file=sys.stderr, flush=True)
         return 2
+    except RuntimeError as error:
+        if not re.search(r"Connection (closed|reset) by peer", str(error)):
+            raise
+        time.sleep(3)  # another rank has ended and said why; the launcher sees its exit code first and ends this one
+        print(f"sltrain-ds: error: rank {rank}: another rank has ended", file=sys.stderr, flush=True)
+        return 1
+    except KeyboardInterrupt:
+        if rank == 0:
+            print("sltrain-ds: stopped; --resume latest goes on from the last checkpoint", file=sys.stderr, flush=True)
+        return 130
 
 
 def _train(args) -> int:
@@ -64,6 +74,7 @@ def _train(args) -> int:
 
     done = checkpoint.resume(engine, run, found) if found else (0, 0)
     if rank == 0:
+        run.checkpoint_dir.mkdir(parents=True, exist_ok=True)  # what forbids it is told now, not after hours
         _delete(in_the_way)  # only now: what config, ranks or checkpoint get wrong has been told, and cost nothing
         write_json(run.run_dir / "config.json", run.to_json())
         print(_describe(run, engine.module, source.data), flush=True)

@@ -1,7 +1,6 @@
-"""What the entry points beside `sltrain-ds` refuse, before anything runs."""
+"""What the entry points beside `sltrain-ds` refuse, before anything runs, and how they stop."""
 
 import subprocess
-from pathlib import Path
 
 import pytest
 from ranks import ROOT
@@ -21,14 +20,24 @@ def test_single_node_needs_a_config():
 
 
 @pytest.mark.parametrize(
-    ("work", "said"),
+    ("error", "code", "line"),
     [
-        (lambda _: Path("/dev/full").write_text("line"), "No space left on device"),
-        (lambda _: Path("no/such/file").read_text(), "no/such/file: No such file or directory"),
+        (KeyboardInterrupt(), 130, "sltrain-ds: stopped; --resume latest goes on from the last checkpoint\n"),
+        (OSError(28, "No space left on device"), 2, "sltrain-ds: error: rank 0: No space left on device\n"),
+        (PermissionError(13, "Denied", "a/b"), 2, "sltrain-ds: error: rank 0: a/b: Denied\n"),
+        (
+            RuntimeError("[gloo/pair.cc:553] Connection closed by peer [::1]:1. This is"),
+            1,
+            "sltrain-ds: error: rank 0: another rank has ended\n",
+        ),
     ],
 )
-def test_a_failed_write_is_one_line_without_none(monkeypatch, capsys, work, said):
-    monkeypatch.setattr(train, "_train", work)
-    assert train.main(["config.json"]) == 2
-    err = capsys.readouterr().err
-    assert said in err and "None" not in err and err.startswith("sltrain-ds: error: rank 0: ") and err.count("\n") == 1
+def test_training_stops_in_one_line(monkeypatch, capsys, error, code, line):
+    def stopped(args):
+        raise error
+
+    monkeypatch.setattr(train, "_train", stopped)
+    monkeypatch.setattr(train.time, "sleep", lambda seconds: None)
+    monkeypatch.delenv("RANK", raising=False)
+    assert train.main(["config.json"]) == code
+    assert capsys.readouterr().err == line

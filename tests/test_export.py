@@ -242,6 +242,13 @@ def damaged(step):
     file.write_bytes(file.read_bytes()[:-2000])
 
 
+def flipped(step):
+    file = step / "mp_rank_00_model_states.pt"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
 def full(step):
     (step.parents[1] / "out").mkdir()
     (step.parents[1] / "out" / "file").touch()
@@ -261,6 +268,7 @@ def full(step):
         (lost_path, "sltrain.model.path: gone, which the run began from, is not there"),
         (incomplete, "incomplete, it has no sltrain.json"),
         (damaged, "mp_rank_00_model_states.pt: cut short"),
+        (flipped, "mp_rank_00_model_states.pt: damaged, .* does not match its checksum"),
         (full, "out: exists and is not an empty directory"),
     ],
 )

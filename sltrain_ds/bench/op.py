@@ -114,6 +114,9 @@ def parse_shapes(text: str, density: float | None = None) -> list[Shape]:
     shapes = [shape for item in text.split(",") for shape in _parse_shape(item.strip())]
     if density is not None:
         shapes = [replace(shape, density=density) for shape in shapes]
+    for shape in shapes:
+        if not 0 < shape.density <= 1:
+            raise UserError(f"--density {shape.density}: must be above 0 and at most 1 (d of --shapes too)")
     return list(dict.fromkeys(shapes))
 
 

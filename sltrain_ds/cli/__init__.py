@@ -1,11 +1,12 @@
 """`sltrain-ds VERB`: a file a verb, each with `add_parser(subparsers)` and `run(args)`."""
 
 import argparse
+import signal
 import sys
 from importlib import import_module
 
 from sltrain_ds import __version__
-from sltrain_ds.errors import UserError
+from sltrain_ds.errors import UserError, os_error_line
 
 # verb -> module; imported only when called, so that `estimate` does not wait for torch
 VERBS = {
@@ -26,7 +27,10 @@ VERBS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Run one verb. Exit code 0, what the verb returns, or 2 with one line on stderr: `UserError` and `OSError`."""
-    argv = sys.argv[1:] if argv is None else argv
+    if argv is None:
+        argv = sys.argv[1:]
+        # a SIGTERM ends it as Ctrl-C does, so that what was begun under a temporary name is removed
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     parser = argparse.ArgumentParser(
         prog="sltrain-ds", description="SLTrain pretraining on DeepSpeed. Verbs: " + ", ".join(VERBS)
     )
@@ -42,17 +46,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"sltrain-ds: error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"sltrain-ds: error: {_os_error(error)}", file=sys.stderr)
+        print(f"sltrain-ds: error: {os_error_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
-
-
-def _os_error(error: OSError) -> str:
-    """FILE: what, on one line."""
-    lines = str(error.strerror or error).strip().splitlines()
-    what = lines[0] if lines else type(error).__name__
-    return f"{error.filename}: {what}" if error.filename is not None else what
 
 
 if __name__ == "__main__":

@@ -22,6 +22,10 @@ def add_parser(subparsers):
 def run(args) -> int:
     if not (args.model / "config.json").is_file():
         raise UserError(f"{args.model}: no config.json there; give a model directory (see `sltrain-ds export`)")
+    if (args.model / "checkpoints").is_dir():
+        raise UserError(
+            f"{args.model}: is a run, not a model; `sltrain-ds export {args.model} OUT_DIR` makes one, give that"
+        )
     for flag, least in (("tokens", 1), ("sequence_length", 2), ("batch_size", 1)):
         if getattr(args, flag) < least:
             raise UserError(f"--{flag.replace('_', '-')}: {getattr(args, flag)} must be at least {least}")

@@ -8,6 +8,7 @@ from sltrain_ds.errors import UserError
 
 # a model may pad its vocabulary by less than this, for matrix sizes; a smaller one cannot hold the data's tokens
 _PADDING = 128
+_TRAIN = "`sltrain-ds tokenizer train --input FILE --vocab-size N --out DIR`"
 _PREPARE = "`sltrain-ds data prepare --input FILE --tokenizer DIR --out DIR`"
 
 
@@ -23,7 +24,7 @@ def check_files(block, fields):
         raise UserError(_missing("sltrain.op_constants", Path(block.op_constants), command))
     tokenizer = Path(block.tokenizer)
     if not tokenizer.is_dir():
-        raise UserError(_missing("sltrain.tokenizer", tokenizer, "`sltrain-ds tokenizer train --input FILE --out DIR`"))
+        raise UserError(_missing("sltrain.tokenizer", tokenizer, _TRAIN))
     directories = [Path(name) for name in ([block.data.dir] if isinstance(block.data.dir, str) else block.data.dir)]
     for directory in directories:
         if not directory.is_dir():
@@ -53,11 +54,13 @@ def check_packages(data):
 
 
 def _check_place(key, place):
-    """A directory may be made there: the first of its parents that exists is a directory."""
+    """It can be made and written there: the first of its parents that exists is a directory one may write."""
     found = next(path for path in (place, *place.absolute().parents) if os.path.lexists(path))
     if not found.is_dir():
         under = "" if found == place else f", and {place} lies under it"
         raise UserError(f"{key}: {found} is a file, not a directory{under}; name another directory")
+    if not os.access(found, os.W_OK | os.X_OK):
+        raise UserError(f"{key}: {place} cannot be written, {found} is read-only here; name another directory")
 
 
 def _check_vocabulary(directory, vocab, model_vocab):

@@ -18,8 +18,8 @@ def check_op_mode(value):
         if mode not in MODES:
             known = ", ".join(f'"{name}"' for name in MODES)
             raise PydanticCustomError(
-                "op_mode", 'must be one of {known}, or {{"OUTxIN": mode, ...}}, not {mode}',
-                {"known": known, "mode": json.dumps(mode)},
+                "op_mode", 'must be one of {known}, or {form}, not {mode}',
+                {"known": known, "form": '{"OUTxIN": mode, ...}', "mode": json.dumps(mode)},
             )  # fmt: skip
     return value
 

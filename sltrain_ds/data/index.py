@@ -85,7 +85,9 @@ def check_sizes(directory: Path, index: dict, splits=SPLITS) -> None:
                 raise UserError(f"{path}: missing, but {NAME} lists it; prepare the data again with --overwrite")
             size, wanted = path.stat().st_size, shard["tokens"] * width
             if size != wanted:
-                raise UserError(f"{path}: {size} bytes, but {NAME} says {wanted}; prepare the data again")
+                raise UserError(
+                    f"{path}: {size} bytes, but {NAME} says {wanted}; prepare the data again with --overwrite"
+                )
 
 
 def verify(directory: str | Path) -> dict:

@@ -4,6 +4,7 @@ While a run is under way `preparing.json` holds its arguments, the reader's stat
 was written behind that is cut off when the run goes on. `index.json` is written last.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -105,9 +106,9 @@ def prepare(job: Preparation) -> dict:
     try:
         _run(writer, sources, state)
     except UserError:
-        if not writer.documents:  # a wrong column or file: leave no trace that bars the corrected command
+        if not writer.documents:  # a wrong column or file
             writer.close()
-            _clear(out)
+            _remove(out)
         raise
     finally:
         writer.close()
@@ -201,6 +202,13 @@ def _clear(out: Path) -> None:
     for entry in out.iterdir():
         if OURS.fullmatch(entry.name):
             entry.unlink()
+
+
+def _remove(out: Path) -> None:
+    """Leave no trace that bars the corrected command; whoever made the empty directory makes it again."""
+    _clear(out)
+    with contextlib.suppress(OSError):  # not empty, or a mount
+        out.rmdir()
 
 
 @dataclass
@@ -303,7 +311,7 @@ class _Writer:
     def finish(self) -> dict:
         train, validation = (self.splits[name] for name in SPLITS)
         if not train.documents or (self.job.val_fraction and not validation.documents):
-            _clear(self.out)
+            _remove(self.out)
             empty = "validation" if train.documents else "train"
             raise UserError(
                 f"--val-fraction {self.job.val_fraction}: none of {self.documents} documents fell into {empty}; "

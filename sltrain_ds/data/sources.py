@@ -203,8 +203,10 @@ class Hub(Source):
 def file_source(path: str | Path, column: str = "text", documents: str = "chapters") -> Source:
     """The source for one file, by its name (.txt, .jsonl, .parquet; text and JSONL also .xz, .gz, .bz2, .zst)."""
     path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path}: is a directory; name the files in it, such as {path}/*.txt")
     if not path.is_file():
-        raise UserError(f"{path}: no such file")
+        raise UserError(f"{path}: no such file; name text (.txt), .jsonl or .parquet files that exist")
     if path.stat().st_size == 0:
         raise UserError(f"{path}: the file is empty")
     if set("[]*?") & set(str(path.resolve())) or "::" in str(path.resolve()):

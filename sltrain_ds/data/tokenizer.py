@@ -28,7 +28,7 @@ def train(texts: Iterable[str], vocab_size: int, out: str | Path) -> int:
     """Train a tokenizer on `texts` and save it in the directory `out`; returns the number of characters read.
 
     At most `MAX_TRAIN_CHARACTERS` are read. Deterministic: the same texts give the same files. UserError where the size
-    does not fit the texts, or where `out` holds anything but an earlier tokenizer.
+    does not fit the texts, or where `out` holds anything but the same tokenizer.
     """
     import sentencepiece
     from transformers import LlamaTokenizer
@@ -59,6 +59,9 @@ def train(texts: Iterable[str], vocab_size: int, out: str | Path) -> int:
             raise UserError("--input: no text in it to train a tokenizer on") from error
         told = reason(error).rsplit("] ", 1)[-1].split(" Increase vocab_size", 1)[0]
         raise UserError(f"--vocab-size {vocab_size}: does not fit this text: {told}") from error
+    before = out / "tokenizer.model"
+    if out.is_dir() and any(out.iterdir()) and not (before.is_file() and before.read_bytes() == model.getvalue()):
+        raise UserError(f"--out {out}: holds another tokenizer, which data may need; name a new directory or delete it")
     out.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:

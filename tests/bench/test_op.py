@@ -45,6 +45,12 @@ def test_a_rank_that_does_not_fit_its_shape(rank):
         op.parse_shapes(f"64x96:r{rank}")
 
 
+@pytest.mark.parametrize(("text", "density"), [("64x96:r8", 2.0), ("64x96:r8", 0.0), ("64x96:r8:d1.5", None)])
+def test_a_density_that_is_none(text, density):
+    with pytest.raises(UserError, match=r"--density \S+: must be above 0 and at most 1"):
+        op.parse_shapes(text, density)
+
+
 def test_bench_op_prints_its_table_and_keeps_every_time(tmp_path, capsys):
     command = ["bench", "op", "--shapes", "24x16:r4:d0.1", "--tokens", "5,6", "--dtypes", "fp32", "--pairs", "2"]
     assert main([*command, "--out", str(tmp_path)]) == 0

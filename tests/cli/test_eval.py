@@ -87,6 +87,11 @@ def test_a_sequence_longer_than_the_model(model, run):
     refused(run(model, "--sequence-length", "65"), "--sequence-length: 65", "max_position_embeddings 64")
 
 
+def test_a_run_directory_is_told_from_a_model(model, run):
+    (model / "checkpoints").mkdir()
+    refused(run(model), f"{model}: is a run, not a model; `sltrain-ds export {model} OUT_DIR` makes one")
+
+
 def test_a_truncated_file(model, run):
     file = model / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])

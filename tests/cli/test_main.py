@@ -1,9 +1,15 @@
 """The dispatcher: every verb is told, and what a file system says is one line."""
 
+import os
+import signal
+import sys
+
 import pytest
 
 from sltrain_ds import cli
 from sltrain_ds.cli import VERBS, main
+from sltrain_ds.errors import UserError
+from sltrain_ds.files import new_directory
 
 
 @pytest.mark.parametrize("arguments", [["foo", "data"], ["foo"], ["dat"], []])
@@ -56,3 +62,36 @@ def test_os_errors_take_one_line(monkeypatch, capsys, error, line):
     monkeypatch.setattr(cli, "import_module", lambda name: Verb)
     assert main(["doctor"]) == 2
     assert capsys.readouterr().err == f"sltrain-ds: error: {line}\n"
+
+
+def test_a_sigterm_unwinds_as_ctrl_c_does(monkeypatch):
+    removed = []
+
+    class Verb:
+        @staticmethod
+        def add_parser(subparsers):
+            subparsers.add_parser("doctor")
+
+        @staticmethod
+        def run(args):
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+            finally:
+                removed.append(True)
+
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    monkeypatch.setattr(cli, "import_module", lambda name: Verb)
+    monkeypatch.setattr(sys, "argv", ["sltrain-ds", "doctor"])
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            main()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert stopped.value.code == 143 and removed
+
+
+def test_a_directory_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("x")
+    message = r"file/out: cannot be made \(Not a directory\)"
+    with pytest.raises(UserError, match=message), new_directory(tmp_path / "file" / "out"):
+        pass

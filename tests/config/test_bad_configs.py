@@ -155,7 +155,7 @@ BAD = {
     "mode of no shape": ("sltrain.op_mode", {"mlp": "keep"}, ["sltrain.op_mode", '"mlp"', "OUTxIN"]),
     "mode of a shape that is not there": ("sltrain.op_mode", {"7x8": "keep"}, ["sltrain.op_mode", "7x8", "512x512"]),
     "memory below zero": ("sltrain.op_memory", -1, ["sltrain.op_memory", "at least 0"]),
-    "unknown mode": ("sltrain.op_mode", "dense", ["sltrain.op_mode", '"factored"']),
+    "unknown mode": ("sltrain.op_mode", "dense", ["sltrain.op_mode", '"factored"', ' {"OUTxIN": mode, ...}, not']),
     "unknown states": ("sltrain.precision.states", "2bit", ["sltrain.precision.states", '"8bit"']),
     "4-bit of bitsandbytes": (
         "sltrain.precision",

@@ -1,7 +1,9 @@
 """Tokenizer and data on disk: they exist, they fit each other and the model."""
 
 import json
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -31,7 +33,8 @@ def test_relative_paths_start_at_the_current_directory(tiny, tiny_config, monkey
     [
         (
             {"sltrain__tokenizer": "/nowhere"},
-            "sltrain.tokenizer: /nowhere does not exist; make it with `sltrain-ds tokenizer",
+            "sltrain.tokenizer: /nowhere does not exist; make it with `sltrain-ds tokenizer "
+            "train --input FILE --vocab-size N --out DIR`",
         ),
         (
             {"sltrain__data__dir": "/nowhere"},
@@ -98,3 +101,15 @@ def test_places_that_are_files(tiny_config, tmp_path, key, below):
     with pytest.raises(UserError, match=rf"sltrain\.{key}: {tmp_path}/file is a file, not a directory") as caught:
         from_dict(config, check_files=True)
     assert ("lies under it" in str(caught.value)) == bool(below)
+
+
+@pytest.mark.parametrize("key", ["run_dir", "checkpoint.dir"])
+def test_places_that_cannot_be_written(tiny_config, tmp_path, monkeypatch, key):
+    """Told before anything is built, not after the first `checkpoint.every` steps."""
+    closed = tmp_path / "closed"
+    closed.mkdir()
+    access = os.access  # root may write everywhere
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != closed and access(path, mode))
+    config = tiny_config(**{f"sltrain__{key.replace('.', '__')}": f"{closed}/deep/down"})
+    with pytest.raises(UserError, match=rf"sltrain\.{key}: .*/deep/down cannot be written, {closed} is read-only"):
+        from_dict(config, check_files=True)

@@ -86,13 +86,16 @@ def test_digits_are_single_and_unknown_characters_are_bytes(tokenizer):
     assert pieces == ["2", "0", "2", "4", "<0xC3>", "<0xA9>"]
 
 
-def test_training_is_deterministic_and_replaces_only_a_tokenizer(documents, tokenizer_dir, tmp_path):
+def test_training_is_deterministic_and_replaces_only_the_same_tokenizer(documents, tokenizer_dir, tmp_path):
     out = tmp_path / "bpe"
     for _ in range(2):
         assert tokenizers.train(iter(documents), 320, out) == sum(map(len, documents))
         for file in tokenizer_dir.iterdir():
             assert (out / file.name).read_bytes() == file.read_bytes()
     assert [entry.name for entry in tmp_path.iterdir()] == ["bpe"]  # no scratch left
+    with pytest.raises(UserError, match=r"bpe: holds another tokenizer, which data may need"):
+        tokenizers.train(documents, 330, out)
+    assert (out / "tokenizer.model").read_bytes() == (tokenizer_dir / "tokenizer.model").read_bytes()
     (out / "thesis.doc").write_text("precious")
     with pytest.raises(UserError, match=r"thesis\.doc"):
         tokenizers.train(documents, 320, out)
