@@ -25,6 +25,12 @@
 #define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Mask{__VA_ARGS__})
 #endif
 
+namespace sltrain {
+namespace {
+enum class Pair : uint32_t {};  // two bf16
+}  // namespace
+}  // namespace sltrain
+
 #define KERNEL_ISA portable
 #define KERNEL_TARGET
 #define KERNEL_LANES 4
@@ -92,7 +98,7 @@ constexpr int64_t kAlignment = 64;   // bytes
 
 int64_t aligned(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
-// Vectors of 64 bytes a channel.
+// Vectors of 64 bytes a channel, once widened.
 int vectors(int64_t tokens) { return tokens > 32 ? 4 : tokens > 16 ? 2 : 1; }
 
 int64_t slabs(int64_t columns) { return std::max<int64_t>(1, (columns + kSlab - 1) / kSlab); }
@@ -196,10 +202,13 @@ Support<T, Row> transposed(const Support<T, Index>& S, int64_t in_features, Aren
 // One activation (tokens, channels), row-major, and the panel that holds some of its tokens, transposed.
 template <typename T, typename In>
 struct Activation {
+  static constexpr int kPacked = std::is_same_v<In, at::BFloat16> ? 2 : 1;  // tokens in an element of the panel
+  using Panel = std::conditional_t<kPacked == 2, Pair, T>;
+
   In* data;
   int64_t tokens, channels;
-  int width = 0;
-  T* panel = nullptr;
+  int width = 0;  // tokens of a block
+  Panel* panel = nullptr;
   T* sums = nullptr;  // of each thread
 
   Activation(const at::Tensor& matrix)
@@ -207,11 +216,11 @@ struct Activation {
 
   int64_t blocks(int64_t first) const { return (std::min(kPanel, tokens - first) + width - 1) / width; }
   int used(int64_t token) const { return static_cast<int>(std::min<int64_t>(width, tokens - token)); }
-  const T* block(int64_t b) const { return panel + b * width * channels; }
+  Panel* block(int64_t b) const { return panel + b * (width / kPacked) * channels; }
 
   void set_panel(int V, Arena& arena) {
-    width = V * 64 / sizeof(T);
-    panel = arena.take<T>((std::min(kPanel, tokens) + width - 1) / width * width * channels);
+    width = std::max(V, kPacked) * 64 / sizeof(T);
+    panel = arena.take<Panel>((std::min(kPanel, tokens) + width - 1) / width * (width / kPacked) * channels);
     sums = arena.take<T>(at::get_num_threads() * kPiece * width);
   }
 
@@ -222,7 +231,7 @@ struct Activation {
       for (int64_t task = begin; task < end; ++task) {
         const int64_t b = task / chunks, c = task % chunks * kChunk, token = first + b * width;
         CALL(fill_block(data + token * channels, channels, used(token), width, c, std::min(channels, c + kChunk),
-                        panel + b * width * channels));
+                        block(b)));
       }
     });
   }

@@ -2,7 +2,8 @@
 // namespace) and KERNEL_TARGET (a function attribute) set; so it has no include guard.
 //
 // A block holds the tokens of one activation, transposed: block[channel * width + token], width = V vectors of 64 bytes.
-// Every non-zero of S is then V vector multiply-adds on contiguous memory, and a row's sums stay in registers.
+// Every non-zero of S is then V vector multiply-adds on contiguous memory, and a row's sums stay in registers. What limits
+// it is the second-level cache: so bf16 stays as it is, two tokens in a word (Pair), and is widened in registers.
 
 namespace sltrain {
 namespace {
@@ -17,10 +18,26 @@ struct Vector {
   static constexpr int lanes = 64 / sizeof(T);
 };
 
+// the tokens of one channel of a block, as they are or in Pairs
+template <int V, typename T, typename Panel>
+KERNEL_INLINE void tokens_of(const Panel* block, size_t channel, typename Vector<T>::type (&out)[V]) {
+  using vec = typename Vector<T>::type;
+  using words = Vector<uint32_t>::type;
+  if constexpr (std::is_same_v<Panel, Pair>) {
+    const words* from = reinterpret_cast<const words*>(block) + channel * (V / 2);
+#pragma GCC unroll 2
+    for (int v = 0; v < V / 2; ++v) out[2 * v] = (vec)(from[v] << 16), out[2 * v + 1] = (vec)(from[v] & 0xFFFF0000u);
+  } else {
+    const vec* from = reinterpret_cast<const vec*>(block) + channel * V;
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) out[v] = from[v];
+  }
+}
+
 // out[(row - first) * width ...] (+)= sum of value * block[column] over [begins[row], ends[row]), rows [first, last)
-template <int V, typename T, typename Index>
-KERNEL void multiply(const T* block, const int32_t* begins, const int32_t* ends, const Index* columns, const T* values,
-                     int64_t first, int64_t last, bool add, T* out) {
+template <int V, typename T, typename Panel, typename Index>
+KERNEL void multiply(const Panel* block, const int32_t* begins, const int32_t* ends, const Index* columns,
+                     const T* values, int64_t first, int64_t last, bool add, T* out) {
   using vec = typename Vector<T>::type;
   constexpr int W = V * Vector<T>::lanes;
   constexpr int U = KERNEL_ACCUMULATORS / V > 1 ? KERNEL_ACCUMULATORS / V : 1;  // non-zeros in flight
@@ -34,14 +51,16 @@ KERNEL void multiply(const T* block, const int32_t* begins, const int32_t* ends,
     for (; i + U <= end; i += U) {
 #pragma GCC unroll 8
       for (int u = 0; u < U; ++u) {
-        const vec* source = reinterpret_cast<const vec*>(block + static_cast<size_t>(columns[i + u]) * W);
+        vec source[V];
+        tokens_of<V, T>(block, columns[i + u], source);
         const T value = values[i + u];
 #pragma GCC unroll 4
         for (int v = 0; v < V; ++v) sums[u][v] += value * source[v];
       }
     }
     for (; i < end; ++i) {
-      const vec* source = reinterpret_cast<const vec*>(block + static_cast<size_t>(columns[i]) * W);
+      vec source[V];
+      tokens_of<V, T>(block, columns[i], source);
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) sums[0][v] += values[i] * source[v];
     }
@@ -183,21 +202,20 @@ KERNEL_INLINE void reduce(const T* parts, int count, bool add, T* out) {
 }
 
 // out[i] (+)= dot of row_block[row] and column_block[column] over the block's tokens, i in [begins[row], ends[row])
-template <int V, typename T, typename Index>
-KERNEL void sample(const T* row_block, const T* column_block, const int32_t* begins, const int32_t* ends,
+template <int V, typename T, typename Panel, typename Index>
+KERNEL void sample(const Panel* row_block, const Panel* column_block, const int32_t* begins, const int32_t* ends,
                    const Index* columns, int64_t first, int64_t last, bool add, T* out) {
   using vec = typename Vector<T>::type;
-  constexpr int lanes = Vector<T>::lanes, W = V * lanes;
+  constexpr int lanes = Vector<T>::lanes;
   alignas(64) T parts[lanes * lanes] = {};
   for (int64_t row = first; row < last; ++row) {
-    const vec* left = reinterpret_cast<const vec*>(row_block + row * W);
     vec mine[V];
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) mine[v] = left[v];
+    tokens_of<V, T>(row_block, row, mine);
     for (int64_t i = begins[row], end = ends[row]; i < end; i += lanes) {
       const int count = static_cast<int>(std::min<int64_t>(lanes, end - i));
       for (int j = 0; j < count; ++j) {
-        const vec* right = reinterpret_cast<const vec*>(column_block + static_cast<size_t>(columns[i + j]) * W);
+        vec right[V];
+        tokens_of<V, T>(column_block, columns[i + j], right);
         vec sum = mine[0] * right[0];
 #pragma GCC unroll 4
         for (int v = 1; v < V; ++v) sum += mine[v] * right[v];
@@ -229,6 +247,39 @@ KERNEL void fill_block(const In* x, int64_t stride, int tokens, int width, int64
   for (int64_t c = first; c < last; ++c) {
     for (int t = c < edge ? whole : 0; t < tokens; ++t) block[c * width + t] = static_cast<T>(x[t * stride + c]);
     for (int t = tokens; t < width; ++t) block[c * width + t] = 0;
+  }
+}
+
+// the same in Pairs: of every 32 tokens, word t % 16 holds t in its lower half and t + 16 in its upper one
+KERNEL void fill_block(const at::BFloat16* x, int64_t stride, int tokens, int width, int64_t first, int64_t last,
+                       Pair* block) {
+  uint32_t* words = reinterpret_cast<uint32_t*>(block);
+  const int half = width / 2;
+  const int64_t edge = first + (last - first) / kTile * kTile;
+  for (int w = 0; w < half; w += kTile) {
+    const int token = w / 16 * 32 + w % 16;  // of the lower half
+    for (int64_t c = first; c < edge; c += kTile) {
+      Row low[kTile], high[kTile];
+#pragma GCC unroll 16
+      for (int k = 0; k < kTile; ++k) {
+        const int t = token + k;
+        low[k] = t < tokens ? load(x + t * stride + c) : Row{};
+        high[k] = t + 16 < tokens ? load(x + (t + 16) * stride + c) : Row{};
+      }
+      transpose(low);
+      transpose(high);
+#pragma GCC unroll 16
+      for (int k = 0; k < kTile; ++k) {
+        const Words both = ((Words)low[k] >> 16) | (Words)high[k];
+        store(reinterpret_cast<float*>(words + (c + k) * half + w), (Row)both);
+      }
+    }
+  }
+  for (int64_t c = edge; c < last; ++c) {
+    std::fill(words + c * half, words + (c + 1) * half, 0);
+    for (int t = 0; t < tokens; ++t) {
+      words[c * half + t / 32 * 16 + t % 16] |= static_cast<uint32_t>(x[t * stride + c].x) << (t % 32 / 16 * 16);
+    }
   }
 }
 
