@@ -12,10 +12,6 @@
 #include <cstring>
 #include <tuple>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 namespace sltrain {
 namespace {
 
@@ -32,17 +28,6 @@ void count(void* block, int64_t change) {
     c10::reportMemoryUsageToProfiler(block, change, after, 0, c10::Device(c10::DeviceType::CPU));
 }
 
-// The whole 2 MiB pages within a large block: one page fault in place of 512, and not a byte more of memory. Where the
-// system has no such pages it says so to nobody, and nothing is lost but time.
-void use_huge_pages(char* base, size_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kHuge = uintptr_t{2} << 20;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(base) + kHuge - 1) / kHuge * kHuge;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(base) + bytes) / kHuge * kHuge;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-}
-
 void release(void* block) {
   if (block == nullptr) return;
   char* base = static_cast<char*>(block) - kHeader;
@@ -57,7 +42,6 @@ struct CountedAllocator final : c10::Allocator {
     const c10::Device cpu(c10::DeviceType::CPU);
     if (bytes == 0) return {nullptr, nullptr, &release, cpu};
     char* base = static_cast<char*>(c10::alloc_cpu(bytes + kHeader));
-    use_huge_pages(base, bytes + kHeader);
     std::memcpy(base, &bytes, sizeof(bytes));
     void* block = base + kHeader;
     count(block, static_cast<int64_t>(bytes));
