@@ -69,6 +69,7 @@ def test_a_full_disk_is_said_in_one_line(engine_of):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     with pytest.raises(UserError, match="no complete checkpoint"):
         checkpoint.find("latest", run)
+    engine.destroy()
 
 
 def test_a_damaged_or_missing_file_is_not_resumed_from(engine_of):

@@ -40,6 +40,20 @@ def test_a_path_below_a_file(tiny, tmp_path, capsys):
     assert error.startswith("sltrain-ds: error: ") and str(tmp_path / "file") in error and error.count("\n") == 1
 
 
+@pytest.fixture
+def doctor(monkeypatch):
+    """doctor(run): `sltrain-ds doctor` calls run() alone."""
+
+    def replace(run):
+        class Verb:
+            add_parser = staticmethod(lambda subparsers: subparsers.add_parser("doctor"))
+
+        Verb.run = staticmethod(lambda args: run())
+        monkeypatch.setattr(cli, "import_module", lambda name: Verb)
+
+    return replace
+
+
 @pytest.mark.parametrize(
     "error, line",
     [
@@ -49,38 +63,26 @@ def test_a_path_below_a_file(tiny, tmp_path, capsys):
         (ConnectionError(), "ConnectionError"),
     ],
 )
-def test_os_errors_take_one_line(monkeypatch, capsys, error, line):
-    class Verb:
-        @staticmethod
-        def add_parser(subparsers):
-            subparsers.add_parser("doctor")
+def test_os_errors_take_one_line(doctor, capsys, error, line):
+    def fails():
+        raise error
 
-        @staticmethod
-        def run(args):
-            raise error
-
-    monkeypatch.setattr(cli, "import_module", lambda name: Verb)
+    doctor(fails)
     assert main(["doctor"]) == 2
     assert capsys.readouterr().err == f"sltrain-ds: error: {line}\n"
 
 
-def test_a_sigterm_unwinds_as_ctrl_c_does(monkeypatch):
+def test_a_sigterm_unwinds_as_ctrl_c_does(doctor, monkeypatch):
     removed = []
 
-    class Verb:
-        @staticmethod
-        def add_parser(subparsers):
-            subparsers.add_parser("doctor")
+    def is_stopped():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            removed.append(True)
 
-        @staticmethod
-        def run(args):
-            try:
-                os.kill(os.getpid(), signal.SIGTERM)
-            finally:
-                removed.append(True)
-
+    doctor(is_stopped)
     before = signal.signal(signal.SIGTERM, lambda *_: None)
-    monkeypatch.setattr(cli, "import_module", lambda name: Verb)
     monkeypatch.setattr(sys, "argv", ["sltrain-ds", "doctor"])
     try:
         with pytest.raises(SystemExit) as stopped:
