@@ -60,11 +60,11 @@ def test_losses_are_compared_to_the_bit_or_nearly(monkeypatch):
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     lines = [{"loss": 2.0 + step} for step in range(verify.STEPS)] + [{"eval_loss": 3.0}]
     nearly = [{**lines[0], "loss": 2.0 * (1 + 5e-6)}, *lines[1:]]
-    assert "equal to the bit" in verify._same(lines, lines, ranks=2)
-    assert "within 5.0e-06" in verify._same(lines, nearly, ranks=4)
-    for first, second, ranks in ((lines, nearly, 2), (lines, lines[1:], 4), (lines[1:], lines[1:], 4)):
+    assert "equal to the bit" in verify._same(lines, lines, exact=True)
+    assert "within 5.0e-06" in verify._same(lines, nearly, exact=False)
+    for first, second, exact in ((lines, nearly, True), (lines, lines[1:], False), (lines[1:], lines[1:], False)):
         with pytest.raises(verify.Failed):
-            verify._same(first, second, ranks)
+            verify._same(first, second, exact)
 
 
 def test_sizes_are_compared_both_ways():

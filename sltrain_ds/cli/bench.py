@@ -1,4 +1,4 @@
-"""`sltrain-ds bench op|step|adam8bit|support|memory`: side by side in one run, medians and ratios."""
+"""`sltrain-ds bench op|step|profile|adam8bit|support|memory`: side by side in one run, medians and ratios."""
 
 import os
 from pathlib import Path
@@ -10,7 +10,7 @@ SHAPES, TOKENS = "60m,130m,350m,1b,7b", "256,1024,8192"  # of bench op
 
 def add_parser(subparsers):
     parser = subparsers.add_parser("bench", help="measure side by side: the operator, whole steps, the 8-bit optimizer")
-    benches = parser.add_subparsers(dest="bench", required=True, metavar="op|step|adam8bit|support|memory")
+    benches = parser.add_subparsers(dest="bench", required=True, metavar="op|step|profile|adam8bit|support|memory")
 
     op = benches.add_parser("op", help="one layer: dense, naive and every mode, forward and backward")
     op.add_argument("--shapes", help=f"presets or OUTxIN:rRANK[:dDENSITY] (default {SHAPES})")
@@ -31,6 +31,14 @@ def add_parser(subparsers):
     step.add_argument("--steps", dest="pairs", type=int, default=10, metavar="N", help="rounds (default %(default)s)")
     step.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the files")
     _where(step)
+
+    profile = benches.add_parser("profile", help="a config's steps closely: bytes, MFU, launches, waits, kernels")
+    profile.add_argument("config", metavar="CONFIG")
+    profile.add_argument("--methods", default="sltrain,full_rank")
+    profile.add_argument("--tokens", default="256,8192", help="of a step (default %(default)s)")
+    profile.add_argument("--sequence", type=int, default=2048, metavar="N", help="at most (default %(default)s)")
+    profile.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the file")
+    _common(profile)
 
     adam = benches.add_parser("adam8bit", help="the 8-bit Adam step: ours, bitsandbytes, torch's fused AdamW, a copy")
     adam.add_argument("--numel", default="1048576,16777216,45088768", help="elements (default %(default)s)")
@@ -71,7 +79,8 @@ def run(args) -> int:
     device = _device(args)
     if device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # read when DeepSpeed is imported
-    benches = {"op": _op, "step": _step, "adam8bit": _adam8bit, "support": _support, "memory": _memory}
+    benches = {"op": _op, "step": _step, "profile": _profile, "adam8bit": _adam8bit, "support": _support}
+    benches["memory"] = _memory
     return benches[args.bench](args, device) or 0
 
 
@@ -111,6 +120,19 @@ def _step(args, device):
 
     quiet()
     step.bench(args.configs, args.set, _names("--methods", args.methods, step.METHODS), device, args.pairs, args.out)
+
+
+def _profile(args, device):
+    from sltrain_ds.bench import profile_step
+    from sltrain_ds.logs import quiet
+
+    if args.sequence < 1:
+        raise UserError(f"--sequence {args.sequence}: must be at least 1")
+    quiet()
+    methods, tokens = _names("--methods", args.methods, profile_step.METHODS), _numbers("--tokens", args.tokens)
+    profile_step.bench(
+        args.config, args.set, methods, tokens, args.sequence, device, args.pairs, args.seconds, args.out
+    )
 
 
 def _adam8bit(args, device):
