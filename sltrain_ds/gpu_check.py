@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sltrain_ds.files import write_json, write_text
@@ -50,7 +50,7 @@ def parts(gpu: bool, scale: float = 1.0) -> list[Part]:
     Without a GPU: the same commands at small sizes.
     """
     pytest = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
-    short = scale < 0.75
+    short, numels = scale < 0.75, "45088768" if scale < 0.75 else "1048576,45088768,268435456"
 
     def seconds(full: float) -> str:
         return f"{full * scale if gpu else 0.3:.1f}"
@@ -71,7 +71,7 @@ def parts(gpu: bool, scale: float = 1.0) -> list[Part]:
         ),
         Part(
             "adam8bit", "the 8-bit Adam step, of a copy's rate", 40,
-            (*CLI, "bench", "adam8bit", "--numel", sized("45088768" if short else "1048576,45088768,268435456", "65536"),
+            (*CLI, "bench", "adam8bit", "--numel", sized(numels, "65536"),
              *pairs, "--seconds", seconds(2), "--out", "{out}"),
         ),
         Part(
@@ -101,7 +101,7 @@ def parts(gpu: bool, scale: float = 1.0) -> list[Part]:
             (sys.executable, "-m", "sltrain_ds.verify", "--ranks", "1"),
         ),
     ]  # fmt: skip
-    return found
+    return [replace(part, limit=part.limit * max(scale, 0.75)) for part in found] if gpu else found
 
 
 def main(argv=None) -> int:

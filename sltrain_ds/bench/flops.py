@@ -2,7 +2,7 @@
 
 The model's FLOPs (Chowdhery et al. 2022, PaLM, appendix B, with attention counted causal):
 
-    6 * tokens * (weights of all linear layers, the head's included)  +  6 * tokens * layers * heads * head_dim * sequence
+    6 * tokens * (weights of all linear layers, the head's too + layers * heads * head_dim * sequence)
 
 of the full-rank model, whatever the method: so tokens a second and MFU compare methods alike. What activation
 checkpointing computes again does not count.

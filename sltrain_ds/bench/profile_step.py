@@ -71,11 +71,17 @@ def groups(path, runs: dict, device) -> list[list[str]]:
     """Methods whose engines are there at once: all, or each by itself where memory is short; stderr names what does
     not fit at all.
     """
-    free = ROOM * free_bytes(device)
-    needs = {method: max(estimate(run).peak for run in sizes) for method, sizes in runs.items()}
-    for method in [method for method, need in needs.items() if need > free]:
-        print(f"{path}: {method} needs {needs.pop(method) / 1e9:.1f} GB of {free / 1e9:.1f}: left out", file=sys.stderr)
-    return [list(needs)] if sum(needs.values()) <= free else [[method] for method in needs]
+    free, needs = ROOM * free_bytes(device), {}
+    for method, sizes in runs.items():
+        found = [estimate(run).peak for run in sizes]
+        if max(found) > free:
+            need = max(found) / 1e9
+            print(f"{path}: {method} needs {need:.1f} GB of {free / 1e9:.1f}: left out", file=sys.stderr)
+        else:
+            needs[method] = min(found), max(found) - min(found)
+    # one steps at a time: what grows with the tokens is not there twice
+    together = sum(held for held, _ in needs.values()) + max((more for _, more in needs.values()), default=0)
+    return [list(needs)] if needs and together <= free else [[method] for method in needs]
 
 
 def _measure(runs: dict, device, rounds: int, seconds: float, report: Report) -> None:
