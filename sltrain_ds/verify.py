@@ -86,9 +86,11 @@ class Node:
     def train(self, name: str, keys: dict, *flags) -> list[dict]:
         """The lines of the run's metrics.jsonl."""
         path = self.config(name, keys)
-        launcher = [sys.executable, "-m", "deepspeed.launcher.runner"]  # its script may not be beside python
-        launcher += ["--num_gpus", self.ranks, "--log_level", "error"]
-        self._run([*launcher, "--module", "sltrain_ds.train", path, *flags])
+        launcher = []  # one rank needs none
+        if self.ranks > 1:
+            launcher = ["deepspeed.launcher.runner", "--num_gpus", self.ranks, "--log_level", "error", "--module"]
+        # as modules: a script may not be beside python
+        self._run([sys.executable, "-m", *launcher, "sltrain_ds.train", path, *flags])
         return [json.loads(line) for line in (self.folder / name / "metrics.jsonl").read_text().splitlines()]
 
     def rehearse(self, name: str) -> dict:
