@@ -19,10 +19,12 @@ if ls "$KIT"/*.whl >/dev/null 2>&1; then
   "$PYTHON" -c 'import sys, zipfile; [zipfile.ZipFile(w).extractall(sys.argv[1]) for w in sys.argv[2:]]' "$WORK/site" "$KIT"/*.whl
   rm -f "$WORK"/code/sltrain_ds/ops/*.so
   cp "$KIT"/*.so "$WORK/code/sltrain_ds/ops"
+  [ "$(cat csrc/*.* csrc/cuda/*.* | cksum)" = "$(cat "$KIT/sources.txt")" ] ||
+    echo "sltrain-ds: warning: the kernels in $KIT are of other sources than csrc/; launch/gpu_kit.sh builds them anew"
 else
   echo "sltrain-ds: no kit in $KIT (launch/gpu_kit.sh makes it): going on with what is installed"
 fi
-export PYTHONPATH=$WORK/code:$WORK/site:$WORK/code/tests${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=
+export PYTHONPATH=$WORK/code:$WORK/site:$WORK/code/tests${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 export HF_HUB_OFFLINE=1 NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-lo}
 cd "$WORK/code"
 "$PYTHON" -m sltrain_ds.gpu_check --out "$OUT" --limit "${LIMIT:-520}" --spent "$SECONDS" ${DEVICE:+--device "$DEVICE"}

@@ -23,22 +23,25 @@ cp -r sltrain_ds csrc setup.py README.md pyproject.toml "$WORK"
 (
   cd "$WORK"
   rm -f sltrain_ds/ops/*.so
-  "$PYTHON" -m sltrain_ds.ops.cuda_build >"$WORK/log" 2>&1 &&
-    SLTRAIN_BUILD_OPS=1 "$PYTHON" setup.py --quiet build_ext --inplace >>"$WORK/log" 2>&1
-) || { tail -n 20 "$WORK/log" >&2; stop "the kernels could not be built; see the lines above"; }
+  SLTRAIN_BUILD_OPS=1 "$PYTHON" setup.py --quiet build_ext --inplace >"$WORK/log" 2>&1 && [ -e sltrain_ds/ops/libsltrain_cuda.so ]
+) || { tail -n 20 "$WORK/log" >&2; stop "the kernels could not be built (nvcc on PATH or under CUDA_HOME? g++?); see the lines above"; }
 strip --strip-unneeded "$WORK"/sltrain_ds/ops/*.so
 
-echo "== wheels"
-platforms=()
-for tag in manylinux_2_28 manylinux_2_27 manylinux_2_24 manylinux_2_17 manylinux2014; do
-  platforms+=(--platform "${tag}_x86_64")
-done
-pip=("$PYTHON" -m pip --disable-pip-version-check --quiet)
-grep '==' launch/gpu_kit.txt | grep -v '^deepspeed==' >"$WORK/wheels.txt"
-"${pip[@]}" download --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
-  --abi cp312 --abi abi3 --abi none "${platforms[@]}" -d "$WORK/whl" -r "$WORK/wheels.txt"
-DS_BUILD_OPS=0 "${pip[@]}" wheel --no-deps -w "$WORK/whl" "$(grep '^deepspeed==' launch/gpu_kit.txt)" # no wheel on PyPI
-"$PYTHON" - "$WORK"/whl/bitsandbytes-*.whl "$CUDA" <<'PYTHON'
+rm -f "$KIT"/*.so
+mv "$WORK"/sltrain_ds/ops/*.so "$KIT"
+cat csrc/*.* csrc/cuda/*.* | cksum >"$KIT/sources.txt" # launch/gpu_check.sh compares
+if ! cmp -s launch/gpu_kit.txt "$KIT/pins.txt"; then
+  echo "== wheels"
+  platforms=()
+  for tag in manylinux_2_28 manylinux_2_27 manylinux_2_24 manylinux_2_17 manylinux2014; do
+    platforms+=(--platform "${tag}_x86_64")
+  done
+  pip=("$PYTHON" -m pip --disable-pip-version-check --quiet)
+  grep '==' launch/gpu_kit.txt | grep -v '^deepspeed==' >"$WORK/wheels.txt"
+  "${pip[@]}" download --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
+    --abi cp312 --abi abi3 --abi none "${platforms[@]}" -d "$WORK/whl" -r "$WORK/wheels.txt"
+  DS_BUILD_OPS=0 "${pip[@]}" wheel --no-deps -w "$WORK/whl" "$(grep '^deepspeed==' launch/gpu_kit.txt)" # no wheel on PyPI
+  "$PYTHON" - "$WORK"/whl/bitsandbytes-*.whl "$CUDA" <<'PYTHON'
 """Leave the CPU's and one CUDA release's library in a wheel that carries a dozen."""
 import os, re, sys, zipfile
 
@@ -55,7 +58,8 @@ with zipfile.ZipFile(path) as whole, zipfile.ZipFile(path + ".cut", "w", zipfile
         sys.exit(f"sltrain-ds: error: CUDA={cuda}: {os.path.basename(path)} has no library for it")
 os.replace(path + ".cut", path)
 PYTHON
-
-rm -f "$KIT"/*.whl "$KIT"/*.so
-mv "$WORK"/whl/*.whl "$WORK"/sltrain_ds/ops/*.so "$KIT"
+  rm -f "$KIT"/*.whl
+  mv "$WORK"/whl/*.whl "$KIT"
+  cp launch/gpu_kit.txt "$KIT/pins.txt" # so that the next call need not fetch them again
+fi
 du -sh "$KIT"

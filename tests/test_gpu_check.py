@@ -38,9 +38,15 @@ def test_every_part_is_told_whatever_becomes_of_it(tmp_path):
     good = Part("good", "a table", 30, (sys.executable, "-c", table, "{out}"))
     bad = python("print('why'); raise SystemExit(3)", "bad")
     absent = python("", "absent", needs="no-such-program")
-    code, found = check(tmp_path, good, bad, absent)
+    skipped = python("print('SKIPPED [2] needs the CUDA kernels: none')", "skipped", fails_on="SKIPPED.* CUDA kernels")
+    code, found = check(tmp_path, good, bad, absent, skipped)
     verdicts = {part["name"]: part["verdict"] for part in found["parts"]}
-    assert code == 1 and verdicts == {"good": "pass", "bad": "FAIL", "absent": "no no-such-program here"}
+    assert code == 1 and verdicts == {
+        "good": "pass",
+        "bad": "FAIL",
+        "absent": "no no-such-program here",
+        "skipped": "FAIL",
+    }
     assert found["parts"][0]["found"] == {"x": {"cases": [7]}} and found["parts"][1]["output"] == ["why"]
     text = (tmp_path / "results.md").read_text()
     assert "- device: a card" in text and "| 7 |" in text and "why" in text

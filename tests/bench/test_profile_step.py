@@ -41,7 +41,7 @@ class Event(SimpleNamespace):
     def __init__(self, name, on_gpu, begin, length):
         place = DeviceType.CUDA if on_gpu else DeviceType.CPU
         super().__init__(name=lambda: name, device_type=lambda: place, start_ns=lambda: begin,
-                         duration_ns=lambda: length)  # fmt: skip
+                         duration_ns=lambda: length, is_user_annotation=lambda: name == "range")  # fmt: skip
 
 
 def test_launches_waits_and_busy_time_are_told_apart():
@@ -55,6 +55,7 @@ def test_launches_waits_and_busy_time_are_told_apart():
         Event("gemm", True, 0, 4_000_000),
         Event("adam", True, 3_000_000, 4_000_000),
         Event("gemm", True, 9_000_000, 1_000_000),
+        Event("range", True, 0, 10_000_000),
     ]
     found = profile_step.summary(events, cuda=True)
     assert (found["launches"], found["waits"], found["kernels"]) == (2, 1, 3)
