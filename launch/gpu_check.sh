@@ -26,5 +26,6 @@ else
 fi
 export PYTHONPATH=$WORK/code:$WORK/site:$WORK/code/tests${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 export HF_HUB_OFFLINE=1 NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-lo}
+COMMIT=$(git rev-parse --short HEAD 2>/dev/null || true)
 cd "$WORK/code"
-"$PYTHON" -m sltrain_ds.gpu_check --out "$OUT" --limit "${LIMIT:-520}" --spent "$SECONDS" ${DEVICE:+--device "$DEVICE"}
+"$PYTHON" -m sltrain_ds.gpu_check --out "$OUT" --limit "${LIMIT:-520}" --spent "$SECONDS" --commit "$COMMIT" ${DEVICE:+--device "$DEVICE"}
