@@ -72,9 +72,9 @@ SLTRAIN_BOTH float float_of(uint32_t bits) {
   return x;
 }
 
-// In place: p, m and v of one element become those after the step, in fp32.
-SLTRAIN_BOTH void adam_update(const AdamStep& s, float g, float& p, float& m, float& v) {
-  g = g * s.grad_scale + s.l2 * p;
+// In place: p, m and v of one element become those after the step, in fp32. `grad_scale` in place of the step's own.
+SLTRAIN_BOTH void adam_update(const AdamStep& s, float grad_scale, float g, float& p, float& m, float& v) {
+  g = g * grad_scale + s.l2 * p;
   m = m * s.beta1 + s.rest1 * g;
   v = v * s.beta2 + s.rest2 * (g * g);
   p = p * s.decay - s.step_size * (m / (sqrtf(v) * s.root_scale + s.eps));

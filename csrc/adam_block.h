@@ -90,7 +90,7 @@ VECTOR_CLONES void update(const AdamStep& s, Block& block, float& absmax_m, floa
   uint32_t largest_m = 0, largest_v = 0;
   for (int i = 0; i < kStateBlock; ++i) {
     float p_i = p[i], m_i = m[i], v_i = v[i];
-    adam_update(step, g[i], p_i, m_i, v_i);
+    adam_update(step, step.grad_scale, g[i], p_i, m_i, v_i);
     p[i] = p_i;
     m[i] = m_i;
     v[i] = v_i;

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from sltrain_ds.errors import UserError
-from sltrain_ds.ops import adam4bit, adam8bit
+from sltrain_ds.ops import adam4bit, adam8bit, cuda
 
 FORMATS = {"8bit": adam8bit, "4bit": adam4bit}
 ALIGNMENT = 256  # a segment's offset in its parameter is a multiple of this: a whole number of blocks in every format
@@ -54,6 +54,7 @@ class BlockwiseAdam(torch.optim.Optimizer):
             raise UserError(f"BlockwiseAdam: states {states!r} are not known; choose from {', '.join(FORMATS)}")
         self.decoupled, self.seed, self.stochastic = decoupled, seed, stochastic
         self.states, self._kind = states, FORMATS[states]
+        self.gradient_scale: torch.Tensor | None = None  # float32 () beside the parameters: of every gradient of `step()`
         self.segments: dict[torch.Tensor, list[Segment]] = {}
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         for group in self.param_groups:
@@ -69,10 +70,41 @@ class BlockwiseAdam(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    self.update(p, p.grad, group)
+            self.update_many([(p, p.grad) for p in group["params"] if p.grad is not None], group)
         return loss
+
+    @torch.no_grad()
+    def update_many(self, pairs, group) -> None:
+        """Step the tensors of `pairs`, (tensor, gradient), times `self.gradient_scale`: one launch on a GPU."""
+        together: dict[tuple, list] = {}  # of one dtype and device, where the CUDA kernels serve
+        for p, grad in pairs:
+            if p.device.type == "cuda" and cuda.supports(p, grad) and cuda.load():
+                together.setdefault((p.dtype, grad.dtype, p.device), []).extend(self._steps(p, grad, group))
+            else:
+                self.update(p, grad if self.gradient_scale is None else grad * self.gradient_scale, group)
+        for (_, _, device), steps in together.items():
+            kind = self._kind_of(group)
+            cuda.adam_steps_(group["states"], steps, kind and kind.tables(device), self.gradient_scale)
+
+    def _steps(self, p, grad, group) -> list[tuple]:
+        """What `cuda.adam_steps_` takes, a segment each."""
+        state, kind = self.state[p], self._kind_of(group)
+        if not state:
+            state.update(self.new_state(p, group))
+        state["step"] += 1
+        flat, grad, found = p.view(-1), grad.reshape(-1), []
+        for segment, states in self._pieces(p, state, kind):
+            whole = segment.stop - segment.start == flat.numel()
+            span = slice(None) if whole else slice(segment.start, segment.stop)
+            scalars = (
+                float(group["lr"]), *group["betas"], group["eps"], group["weight_decay"], self.decoupled,
+                state["step"], self.stochastic, adam8bit.as_int64(self.seed), adam8bit.as_int64(segment.key),
+                segment.offset, 1.0,
+            )  # fmt: skip
+            absmax = states[2:] or (None, None)
+            own = (flat, grad) if whole else (flat[span], grad[span])
+            found.append((*own, *states[:2], *absmax, scalars))
+        return found
 
     @torch.no_grad()
     def update(self, p, grad, group, grad_scale: float = 1.0) -> None:

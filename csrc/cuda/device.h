@@ -73,5 +73,4 @@ class OnDevice {
   cudaError_t error_;
 };
 
-
 }  // namespace sltrain

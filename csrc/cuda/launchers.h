@@ -29,15 +29,25 @@ int sltrain_cuda_scatter_add(void* W, int W_dtype, const int32_t* rows, const vo
 int sltrain_cuda_gather(void* out, int out_dtype, const void* W, int W_dtype, const int32_t* rows, const void* columns,
                         int column_bytes, int64_t out_features, int64_t in_features, int device, void* stream);
 
-// One step of the blockwise 8-bit Adam: the arguments of sltrain::adam8bit_step_.
-int sltrain_cuda_adam8bit(void* p, int p_dtype, const void* g, int g_dtype, uint8_t* m8, uint8_t* v8, float* absmax_m,
-                          float* absmax_v, const uint32_t* tables, int64_t numel, double lr, double beta1, double beta2,
-                          double eps, double weight_decay, int decoupled, int64_t step, int stochastic, int64_t seed,
-                          int64_t key, int64_t offset, double grad_scale, int device, void* stream);
+// A tensor and what its step of the blockwise Adam needs: the arguments of sltrain::adam8bit_step_. With 32-bit states m
+// and v are float and there is no absmax. Packed by sltrain_ds/ops/cuda_kernels.py.
+struct sltrain_adam_tensor {
+  void* p;
+  const void* g;
+  void *m, *v;
+  float *absmax_m, *absmax_v;
+  int64_t numel, step, seed, key, offset;
+  double lr, beta1, beta2, eps, weight_decay, grad_scale;
+  int32_t decoupled, stochastic;
+};
 
-// The same in 4 bits: the arguments of sltrain::adam4bit_step_.
-int sltrain_cuda_adam4bit(void* p, int p_dtype, const void* g, int g_dtype, uint8_t* m4, uint8_t* v4, float* absmax_m,
-                          float* absmax_v, const float* tables, int64_t numel, double lr, double beta1, double beta2,
-                          double eps, double weight_decay, int decoupled, int64_t step, int stochastic, int64_t seed,
-                          int64_t key, int64_t offset, double grad_scale, int device, void* stream);
+// Step `count` tensors of one dtype, whose gradients have one dtype: a launch for up to 31 of them. The gradients are
+// multiplied by their tensor's grad_scale times *grad_scale, which lies on the device, unless it is null. 8-bit, 4-bit and
+// 32-bit states; the last know no tables.
+int sltrain_cuda_adam8bit(int p_dtype, int g_dtype, const sltrain_adam_tensor* tensors, int64_t count,
+                          const void* tables, const float* grad_scale, int device, void* stream);
+int sltrain_cuda_adam4bit(int p_dtype, int g_dtype, const sltrain_adam_tensor* tensors, int64_t count,
+                          const void* tables, const float* grad_scale, int device, void* stream);
+int sltrain_cuda_adam32bit(int p_dtype, int g_dtype, const sltrain_adam_tensor* tensors, int64_t count,
+                           const void* tables, const float* grad_scale, int device, void* stream);
 }

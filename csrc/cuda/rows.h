@@ -24,13 +24,16 @@ __device__ __forceinline__ void for_each_entry(const int32_t* __restrict__ rows,
   for (int64_t base = rows[row] + lane; base < last; base += kAhead * kWarp) {
     Entry entry[kAhead];
     int64_t cell[kAhead];
+    // every column before any entry: a load that waits for a column would hold up the next column's
 #pragma unroll
     for (int k = 0; k < kAhead; ++k) {
       const int64_t i = base + k * kWarp;
-      if (i < last) {
-        cell[k] = start + columns[i];
-        entry[k] = load(i, cell[k]);
-      }
+      cell[k] = start + columns[i < last ? i : last - 1];
+    }
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) {
+      const int64_t i = base + k * kWarp;
+      if (i < last) entry[k] = load(i, cell[k]);
     }
 #pragma unroll
     for (int k = 0; k < kAhead; ++k) {

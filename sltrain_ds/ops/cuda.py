@@ -1,4 +1,4 @@
-"""The CUDA kernels, called through C: scatter-add, gather, 8-bit Adam step.
+"""The CUDA kernels, called through C: scatter-add, gather, blockwise Adam steps.
 
 ``load()`` finds the library (``cuda_build``): built ahead of time beside this file, left in torch's extension cache by
 an earlier process, or built now where nvcc is. Where there is none, or none that runs here, PyTorch serves, and the
@@ -8,6 +8,7 @@ csrc/bindings*.cpp too, so ``torch.ops.sltrain`` dispatches CUDA tensors to them
 
 import ctypes
 import os
+import struct
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ import torch
 from sltrain_ds.ops import build_lock, builder, cuda_build
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # as in csrc/cuda/launchers.h
+_ADAM_TENSOR = struct.Struct("=6Q5q6d2i")  # sltrain_adam_tensor of csrc/cuda/launchers.h
 
 _state = None  # (Kernels | None, the library's path or the reason)
 _registrations = []
@@ -54,6 +56,16 @@ def gather(out, W, rows, columns) -> None:
     _decide()[0].gather(out, W, rows, columns)
 
 
+def adam_steps_(states: str, steps: list[tuple], tables: torch.Tensor | None, grad_scale=None) -> None:
+    """Many tensors' steps in a launch for up to 31 of them; ``states`` is "8bit", "4bit" or "32bit".
+
+    Each of ``steps`` is (p, g, m, v, absmax_m, absmax_v, scalars): tensors as the step of its format takes them
+    (32-bit states have float32 moments and None for absmax), all p of one dtype, all g of one, on one device; scalars
+    are the operator's from ``lr`` on. ``grad_scale``, float32 () on the device or None, multiplies every gradient too.
+    """
+    _decide()[0].adam_steps_(states, steps, tables, grad_scale)
+
+
 def adam8bit_step_(*arguments) -> None:
     """The operator ``sltrain::adam8bit_step_``; its arguments in its order."""
     _decide()[0].adam8bit_step_(*arguments)
@@ -69,15 +81,14 @@ class Kernels:
 
     def __init__(self, path: Path):
         self._library = library = ctypes.CDLL(str(path))
-        pointer, i32, i64, f64 = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_double
+        pointer, i32, i64 = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
         library.sltrain_cuda_sources.restype = library.sltrain_cuda_error.restype = ctypes.c_char_p
         support = [i64, i64, i32, pointer]
         library.sltrain_cuda_scatter_add.argtypes = [pointer, i32, pointer, pointer, i32, pointer, i32, *support]
         library.sltrain_cuda_gather.argtypes = [pointer, i32, pointer, i32, pointer, pointer, i32, *support]
-        library.sltrain_cuda_adam8bit.argtypes = library.sltrain_cuda_adam4bit.argtypes = [
-            *(pointer, i32, pointer, i32, *[pointer] * 5, i64, *[f64] * 5),
-            *(i32, i64, i32, i64, i64, i64, f64, i32, pointer),
-        ]
+        self._adam = {bits: getattr(library, f"sltrain_cuda_adam{bits}") for bits in ("8bit", "4bit", "32bit")}
+        for function in self._adam.values():
+            function.argtypes = [i32, i32, pointer, i64, pointer, pointer, i32, pointer]
 
     def sources(self) -> str:
         """The digest of the sources it was built from."""
@@ -105,19 +116,31 @@ class Kernels:
         )
 
     def adam8bit_step_(self, p, g, m8, v8, absmax_m, absmax_v, tables, *scalars):
-        check_adam(p, g, m8, v8, absmax_m, absmax_v, tables, *_step_and_offset(scalars))
-        self._adam(self._library.sltrain_cuda_adam8bit, p, g, m8, v8, absmax_m, absmax_v, tables, *scalars)
+        self.adam_steps_("8bit", [(p, g, m8, v8, absmax_m, absmax_v, scalars)], tables)
 
     def adam4bit_step_(self, p, g, m4, v4, absmax_m, absmax_v, tables, *scalars):
-        check_adam4bit(p, g, m4, v4, absmax_m, absmax_v, tables, *_step_and_offset(scalars))
-        self._adam(self._library.sltrain_cuda_adam4bit, p, g, m4, v4, absmax_m, absmax_v, tables, *scalars)
+        self.adam_steps_("4bit", [(p, g, m4, v4, absmax_m, absmax_v, scalars)], tables)
 
-    def _adam(self, function, p, g, *rest):
-        states, scalars = rest[:5], rest[5:]
+    def adam_steps_(self, states, steps, tables, grad_scale=None):
+        if not steps:
+            return
+        first, packed = steps[0], bytearray(_ADAM_TENSOR.size * len(steps))
+        for i, (p, g, m, v, absmax_m, absmax_v, scalars) in enumerate(steps):
+            _require(p.dtype == first[0].dtype and g.dtype == first[1].dtype, f"adam{states}: dtypes differ in a call")
+            _CHECKS[states](p, g, m, v, absmax_m, absmax_v, tables, *_step_and_offset(scalars))
+            lr, beta1, beta2, eps, weight_decay, decoupled, step, stochastic, seed, key, offset, own_scale = scalars
+            absmax = (0, 0) if absmax_m is None else (absmax_m.data_ptr(), absmax_v.data_ptr())
+            _ADAM_TENSOR.pack_into(
+                packed, i * _ADAM_TENSOR.size,
+                p.data_ptr(), g.data_ptr(), m.data_ptr(), v.data_ptr(), *absmax,
+                p.numel(), step, seed, key, offset,
+                lr, beta1, beta2, eps, weight_decay, own_scale, decoupled, stochastic,
+            )  # fmt: skip
         self._call(
-            function,
-            *(p.data_ptr(), DTYPES[p.dtype], g.data_ptr(), DTYPES[g.dtype], *(tensor.data_ptr() for tensor in states)),
-            *(p.numel(), *scalars, *_where(p)),
+            self._adam[states],
+            *(DTYPES[first[0].dtype], DTYPES[first[1].dtype], ctypes.addressof(ctypes.c_char.from_buffer(packed))),
+            *(len(steps), None if tables is None else tables.data_ptr()),
+            *(None if grad_scale is None else grad_scale.data_ptr(), *_where(first[0])),
         )
 
     def _call(self, function, *arguments):
@@ -144,17 +167,30 @@ def _find():
     works, detail = status()
     if not works:
         return None, detail
-    wanted = cuda_build.digest() if cuda_build.sources() else None
     for path in filter(Path.is_file, (cuda_build.prebuilt(), _cached())):
-        kernels = Kernels(path)
-        if wanted in (None, kernels.sources()):
-            return _probed(kernels, path)
-        print(f"sltrain-ds: {path} was built from other sources; launch/build_cuda.sh builds it anew", flush=True)
+        problem = misfit(path)
+        if problem is None:
+            return _probed(Kernels(path), path)
+        print(f"sltrain-ds: {path} is not used: {problem}; launch/build_cuda.sh builds it anew", flush=True)
     try:
         path = _build()
     except Exception as error:  # whatever a compiler can do wrong
         return None, str(error).splitlines()[0]
     return _probed(Kernels(path), path)
+
+
+def misfit(path: Path) -> str | None:
+    """Why a library is not ours to call, or None. Its digest is read before anything else of it is looked up: one of
+    older sources need not have today's functions, nor these their arguments."""
+    try:
+        sources = ctypes.CDLL(str(path)).sltrain_cuda_sources
+    except OSError as error:
+        return f"it does not load ({error})"
+    except AttributeError:
+        return "it does not say what it was built from"
+    sources.restype = ctypes.c_char_p
+    wanted = cuda_build.digest() if cuda_build.sources() else None
+    return None if wanted in (None, sources().decode()) else "it was built from other sources"
 
 
 def _probed(kernels, path):
@@ -251,6 +287,23 @@ def check_adam4bit(p, g, m4, v4, absmax_m, absmax_v, tables, step, offset):
     )
     _require(step >= 1, f"adam4bit: steps count from 1, got {step}")
     _require(offset >= 0 and offset % 256 == 0, f"adam4bit: offset must be a multiple of 256, got {offset}")
+
+
+def check_adam32bit(p, g, m, v, absmax_m, absmax_v, tables, step, offset):
+    """RuntimeError unless the Adam step with float32 moments can take these."""
+    tensors = (p, g, m, v)
+    _require(supports(p, g), f"adam32bit: parameter and gradient must be float32 or bfloat16, got {p.dtype}, {g.dtype}")
+    _require(m.dtype == v.dtype == torch.float32, "adam32bit: moments must be float32")
+    _require(all(tensor.numel() == p.numel() for tensor in tensors), "adam32bit: tensors differ in size")
+    _require(
+        all(tensor.is_contiguous() and tensor.device == p.device for tensor in tensors),
+        "adam32bit: tensors must be contiguous, on one device",
+    )
+    _require(step >= 1, f"adam32bit: steps count from 1, got {step}")
+    _require(offset >= 0 and offset % 256 == 0, f"adam32bit: offset must be a multiple of 256, got {offset}")
+
+
+_CHECKS = {"8bit": check_adam, "4bit": check_adam4bit, "32bit": check_adam32bit}
 
 
 def _step_and_offset(scalars):

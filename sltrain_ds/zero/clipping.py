@@ -70,5 +70,6 @@ def sum_of_squares(tensors: list[torch.Tensor], device) -> torch.Tensor:
         if builder.load():
             return torch.tensor(float(sum(torch.ops.sltrain.sum_of_squares(tensor.contiguous()) for tensor in tensors)))
         tensors = [part for tensor in tensors for part in tensor.reshape(-1).split(CHUNK)]
-    norms = [torch.linalg.vector_norm(tensor, dtype=torch.float32) for tensor in tensors]
+    # on a GPU a few launches for all of them
+    norms = torch._foreach_norm(tensors, 2, dtype=torch.float32) if tensors else []
     return torch.stack(norms).square().sum() if norms else torch.zeros((), device=device)

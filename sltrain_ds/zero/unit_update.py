@@ -21,6 +21,7 @@ from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from torch.nn import Parameter
 
+from sltrain_ds.blockwise_adam import BlockwiseAdam
 from sltrain_ds.errors import UserError
 from sltrain_ds.zero.clipping import UnitClipping
 from sltrain_ds.zero.units import adopt, unit_of
@@ -216,13 +217,16 @@ class UnitUpdate:
 
     def _scatter(self, gradient: torch.Tensor, size: int) -> torch.Tensor:
         """This rank's slice, `size` long unless it reaches the end, of a gradient that is averaged in place."""
-        gradient.div_(self.world)
+        average = gradient.device.type != "cpu"  # NCCL divides as it sums; gloo cannot
+        if not average:
+            gradient.div_(self.world)
+        op = dist.ReduceOp.AVG if average else dist.ReduceOp.SUM
         own = gradient[self.rank * size : (self.rank + 1) * size]
         padded = gradient.numel() == size * self.world  # a lone parameter comes without the padding of its partitions
         if padded and gradient.device.type != "cpu":
-            dist.reduce_scatter_fn(own, gradient, group=self.dp_process_group)
+            dist.reduce_scatter_fn(own, gradient, op=op, group=self.dp_process_group)
         else:  # gloo makes a reduce-scatter of copies and all-reduces
-            dist.all_reduce(gradient, group=self.dp_process_group)
+            dist.all_reduce(gradient, op=op, group=self.dp_process_group)
         return own
 
     # -- step --------------------------------------------------------------------------------------------------------
@@ -233,6 +237,9 @@ class UnitUpdate:
         with self._beside():
             gradients = {i: self._gradients(i) for i in unit.groups}
             scale = self.clipping.coefficient([gradient for i in unit.groups for gradient in gradients[i]])
+            if isinstance(self.optimizer, BlockwiseAdam) and scale is not None and scale.device.type == "cuda":
+                # the kernel multiplies as it reads: no pass over the gradients, and no rounding, for the scale alone
+                self.optimizer.gradient_scale, scale = scale, None
             for i in unit.groups:
                 left = gradients.pop(i)
                 for piece in self.pieces[i]:
@@ -242,6 +249,8 @@ class UnitUpdate:
                     piece.master.grad = None
                 if self.owned[i].data_ptr() != self.partitions[i].data_ptr():
                     self.owned[i].copy_(self.partitions[i])
+            if isinstance(self.optimizer, BlockwiseAdam):
+                self.optimizer.gradient_scale = None
         unit.stepped = True
 
     def _gradients(self, i: int) -> list[torch.Tensor]:

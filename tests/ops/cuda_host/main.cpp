@@ -15,9 +15,9 @@ int main() {
   std::vector<uint32_t> tables(kTableWords, 0);
   int code = 0;
   for (int step = 1; step <= 2; ++step) {
-    code |= sltrain_cuda_adam8bit(p.data(), kFloat32, g.data(), kFloat32, m8.data(), v8.data(), absmax_m.data(),
-                                  absmax_v.data(), tables.data(), kNumel, 1e-3, 0.9, 0.999, 1e-8, 0.1, 1, step, 0, 0, 0,
-                                  0, 1.0, 0, nullptr);
+    const sltrain_adam_tensor whole{p.data(), g.data(), m8.data(), v8.data(), absmax_m.data(), absmax_v.data(),
+                                    kNumel, step, 0, 0, 0, 1e-3, 0.9, 0.999, 1e-8, 0.1, 1.0, 1, 0};
+    code |= sltrain_cuda_adam8bit(kFloat32, kFloat32, &whole, 1, tables.data(), nullptr, 0, nullptr);
   }
   constexpr int64_t kOut = 19, kIn = 40;
   std::vector<float> W(kOut * kIn, 1.0f), values, back;
