@@ -54,7 +54,9 @@ class BlockwiseAdam(torch.optim.Optimizer):
             raise UserError(f"BlockwiseAdam: states {states!r} are not known; choose from {', '.join(FORMATS)}")
         self.decoupled, self.seed, self.stochastic = decoupled, seed, stochastic
         self.states, self._kind = states, FORMATS[states]
-        self.gradient_scale: torch.Tensor | None = None  # float32 () beside the parameters: of every gradient of `step()`
+        self.gradient_scale: torch.Tensor | None = (
+            None  # float32 () beside the parameters: of every gradient of `step()`
+        )
         self.segments: dict[torch.Tensor, list[Segment]] = {}
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         for group in self.param_groups:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.comm import ReduceOp
 from torch.nn import Parameter
 
 from sltrain_ds.blockwise_adam import BlockwiseAdam
@@ -220,7 +221,7 @@ class UnitUpdate:
         average = gradient.device.type != "cpu"  # NCCL divides as it sums; gloo cannot
         if not average:
             gradient.div_(self.world)
-        op = dist.ReduceOp.AVG if average else dist.ReduceOp.SUM
+        op = ReduceOp.AVG if average else ReduceOp.SUM
         own = gradient[self.rank * size : (self.rank + 1) * size]
         padded = gradient.numel() == size * self.world  # a lone parameter comes without the padding of its partitions
         if padded and gradient.device.type != "cpu":

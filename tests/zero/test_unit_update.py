@@ -87,7 +87,7 @@ def play(monkeypatch):
         accelerator = SimpleNamespace(current_stream=lambda: streams[-1], stream=stream)
         ranks = SimpleNamespace(
             get_world_size=lambda group=None: WORLD, get_rank=lambda group=None: 0,
-            all_reduce=lambda tensor, group=None: (note("reduce"), tensor.mul_(WORLD)),
+            all_reduce=lambda tensor, op=None, group=None: (note("reduce"), tensor.mul_(WORLD)),
         )  # fmt: skip
         monkeypatch.setattr(unit_update, "get_accelerator", lambda: accelerator)
         monkeypatch.setattr(unit_update, "dist", ranks)
