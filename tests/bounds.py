@@ -1,4 +1,4 @@
-"""How far two ways of computing the same numbers may lie apart: from dtype and length of the sums, on no machine's word.
+"""How far two ways of computing the same numbers may lie apart: from dtype and length of the sums.
 
 A sum of n terms is off by at most n u of the sum of its terms' sizes, whatever the order (u = eps / 2; Higham, Accuracy
 and Stability of Numerical Algorithms, section 4.2), so two orders differ by at most n eps of it.
@@ -45,3 +45,15 @@ def same_logits(found: torch.Tensor, expected: torch.Tensor, config: dict, dtype
     longest, products = max(config["hidden_size"], config["intermediate_size"]), products_of(config)
     bound = of_chain(dtype, longest, products) if dtype == torch.float32 else of_roundings(dtype, products)
     close(found, expected, bound)
+
+
+def check_sums(found: torch.Tensor, exact: torch.Tensor, sizes: torch.Tensor) -> None:
+    """Sums of terms of random sign, formed in fp32 and rounded once to found's dtype, against float64.
+
+    `sizes` are the sums of the terms' magnitudes. After k of n terms of size s a sum is about sqrt(k) s, so n roundings
+    of it add up to 0.4 n s u (standard deviation): 8 eps of n s is twenty times that, and a lost term is 1 / n of it.
+    """
+    rounding = torch.finfo(found.dtype).eps * exact.abs()
+    allowed = rounding + 8 * torch.finfo(torch.float32).eps * sizes
+    apart = (found.double() - exact).abs()
+    assert (apart <= allowed).all(), f"off by up to {float((apart / allowed).max()):.3g} of what is allowed"

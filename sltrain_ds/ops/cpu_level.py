@@ -15,7 +15,9 @@ def check_name() -> None:
     """UserError where SLTRAIN_CPU is no level's name; loads nothing."""
     forced = os.environ.get("SLTRAIN_CPU", "")
     if forced and forced not in LEVELS:
-        raise UserError(f"SLTRAIN_CPU = {forced!r} is not known; set it to one of {', '.join(LEVELS)} or leave it unset")
+        raise UserError(
+            f"SLTRAIN_CPU = {forced!r} is not known; set it to one of {', '.join(LEVELS)} or leave it unset"
+        )
 
 
 def check_processor() -> None:
@@ -23,7 +25,9 @@ def check_processor() -> None:
     forced = os.environ.get("SLTRAIN_CPU", "")
     has = available()
     if forced and forced not in has:
-        raise UserError(f"SLTRAIN_CPU = {forced!r} is not in this processor; set it to one of {', '.join(has)} or unset it")
+        raise UserError(
+            f"SLTRAIN_CPU = {forced!r} is not in this processor; set it to one of {', '.join(has)} or unset it"
+        )
 
 
 def available() -> tuple[str, ...]:

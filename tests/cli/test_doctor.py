@@ -4,13 +4,19 @@ import sys
 import pytest
 
 from sltrain_ds.cli import doctor, main
+from sltrain_ds.ops.cpu_level import LEVELS
 
 
-def test_json_names_everything(capsys):
+def test_json_names_everything(capsys, monkeypatch):
+    from sltrain_ds.ops import builder
+
+    builder.load()
+    monkeypatch.delenv("SLTRAIN_CPU", raising=False)
     assert main(["doctor", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert set(found["versions"]) == set(doctor.SUPPORTED)
     assert found["ops"]["kind"] in ("prebuilt", "jit", "reference")
+    assert found["cpu_level"] in LEVELS if found["ops"]["kind"] != "reference" else "no C++ ops" in found["cpu_level"]
     assert {"apex", "bitsandbytes", "accelerator", "warnings", "python", "sltrain_ds"} < set(found)
 
 
