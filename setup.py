@@ -47,7 +47,7 @@ setup(
     # the CUDA library fits every Python and torch, but one kind of machine
     options={"bdist_wheel": {"plat_name": sysconfig.get_platform()}} if os.path.exists(LIBRARY) else {},
     install_requires=[
-        "torch>=2.11,<2.14",
+        "torch>=2.11,<2.16",
         "deepspeed>=0.19.8,<0.20",
         "transformers>=5.17,<6",
         "datasets>=5.2,<6",

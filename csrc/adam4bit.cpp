@@ -18,7 +18,7 @@ struct Map {
 };
 
 // Half a block: its bytes to its values.
-VECTOR_CLONES void dequantize(const Map& map, const uint8_t* __restrict bytes, float absmax, float* __restrict out) {
+ANY_LEVEL void dequantize(const Map& map, const uint8_t* __restrict bytes, float absmax, float* __restrict out) {
   float scaled[kCodes];
   for (int k = 0; k < kCodes; ++k) scaled[k] = map.values[k] * absmax;
   for (int i = 0; i < kBytes; ++i) {
@@ -28,7 +28,7 @@ VECTOR_CLONES void dequantize(const Map& map, const uint8_t* __restrict bytes, f
 }
 
 // And back: a code is how many bounds lie below the value in units of the absmax, so the nearest, the lower at ties.
-VECTOR_CLONES void quantize(const Map& map, const float* __restrict x, float inverse, uint8_t* __restrict bytes) {
+ANY_LEVEL void quantize(const Map& map, const float* __restrict x, float inverse, uint8_t* __restrict bytes) {
   int32_t codes[kHalf];
   for (int i = 0; i < kHalf; ++i) codes[i] = 0;
   for (int k = 0; k < kBounds; ++k) {
@@ -38,7 +38,7 @@ VECTOR_CLONES void quantize(const Map& map, const float* __restrict x, float inv
   for (int i = 0; i < kBytes; ++i) bytes[i] = static_cast<uint8_t>(codes[2 * i] | codes[2 * i + 1] << 4);
 }
 
-#ifdef AVX512
+#ifdef SLTRAIN_X86
 AVX512 void dequantize_avx512(const Map& map, const uint8_t* bytes, float absmax, float* out) {
   const __m512 scaled = _mm512_mul_ps(_mm512_loadu_ps(map.values), _mm512_set1_ps(absmax));
   const __m512i first = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
@@ -67,12 +67,9 @@ AVX512 void quantize_avx512(const Map& map, const float* x, float inverse, uint8
     _mm_storel_epi64(reinterpret_cast<__m128i*>(bytes + i / 2), _mm512_cvtepi64_epi8(pair));
   }
 }
-#else
-constexpr auto dequantize_avx512 = dequantize;
-constexpr auto quantize_avx512 = quantize;
 #endif
 
-VECTOR_CLONES float largest(const float* __restrict x) {
+ANY_LEVEL float largest(const float* __restrict x) {
   uint32_t bits = 0;  // exact in any order, and NaN is above everything
   for (int i = 0; i < kHalf; ++i) {
     const uint32_t magnitude = bits_of(x[i]) & 0x7FFFFFFFu;
@@ -81,16 +78,28 @@ VECTOR_CLONES float largest(const float* __restrict x) {
   return float_of(bits);
 }
 
+void widen_half(const Map& map, const uint8_t* bytes, float absmax, float* out) {
+#ifdef SLTRAIN_X86
+  if (cpu_level() >= CpuLevel::kAvx512) return dequantize_avx512(map, bytes, absmax, out);
+#endif
+  at_level<dequantize>(map, bytes, absmax, out);
+}
+
+void narrow_half(const Map& map, const float* x, float inverse, uint8_t* bytes) {
+#ifdef SLTRAIN_X86
+  if (cpu_level() >= CpuLevel::kAvx512) return quantize_avx512(map, x, inverse, bytes);
+#endif
+  at_level<quantize>(map, x, inverse, bytes);
+}
+
 void widen_state(const Map& map, const uint8_t* bytes, int count, const float* absmax, float* x) {
-  const auto widen = has_avx512 ? dequantize_avx512 : dequantize;
-  for (int half = 0; half < count; ++half) widen(map, bytes + half * kBytes, absmax[half], x + half * kHalf);
+  for (int half = 0; half < count; ++half) widen_half(map, bytes + half * kBytes, absmax[half], x + half * kHalf);
 }
 
 void narrow_state(const Map& map, const float* x, int count, float* absmax, uint8_t* bytes) {
-  const auto narrow = has_avx512 ? quantize_avx512 : quantize;
   for (int half = 0; half < count; ++half) {
-    absmax[half] = largest(x + half * kHalf);
-    narrow(map, x + half * kHalf, inverse_of(absmax[half]), bytes + half * kBytes);
+    absmax[half] = at_level<largest>(x + half * kHalf);
+    narrow_half(map, x + half * kHalf, inverse_of(absmax[half]), bytes + half * kBytes);
   }
 }
 
@@ -120,7 +129,7 @@ void run(const AdamStep& s, const Map& signed_map, const Map& unsigned_map, int6
       std::fill(block.m + n, block.m + kStateBlock, 0.0f);
       std::fill(block.v + n, block.v + kStateBlock, 0.0f);
       float unused_m, unused_v;
-      update(s, block, unused_m, unused_v);
+      at_level<update>(s, block, unused_m, unused_v);
       narrow_state(signed_map, block.m, count, scale_m, block.m8);
       narrow_state(unsigned_map, block.v, count, scale_v, block.v8);
       if (n % 2) {  // the last half byte belongs to no value

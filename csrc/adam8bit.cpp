@@ -13,13 +13,13 @@ struct Tables {
   const uint32_t *signed_buckets, *unsigned_buckets;
 };
 
-VECTOR_CLONES void dequantize(const float* __restrict map, const uint8_t* __restrict codes, float absmax,
-                              float* __restrict out) {
+ANY_LEVEL void dequantize(const float* __restrict map, const uint8_t* __restrict codes, float absmax,
+                          float* __restrict out) {
   for (int i = 0; i < kStateBlock; ++i) out[i] = map[static_cast<int>(codes[i])] * absmax;
 }
 
-VECTOR_CLONES void quantize(bool is_signed, const uint32_t* __restrict buckets, const float* __restrict x,
-                            float inverse, uint8_t* __restrict codes) {
+ANY_LEVEL void quantize(bool is_signed, const uint32_t* __restrict buckets, const float* __restrict x, float inverse,
+                        uint8_t* __restrict codes) {
   int32_t words[kStateBlock];  // gcc vectorises look-ups into full words
   if (is_signed) {
     for (int i = 0; i < kStateBlock; ++i) words[i] = quantize_signed(buckets, x[i] * inverse);
@@ -29,7 +29,7 @@ VECTOR_CLONES void quantize(bool is_signed, const uint32_t* __restrict buckets, 
   for (int i = 0; i < kStateBlock; ++i) codes[i] = static_cast<uint8_t>(words[i]);
 }
 
-#ifdef AVX512
+#ifdef SLTRAIN_X86
 // The two look-ups once more: gcc does not gather by itself.
 AVX512 void dequantize_avx512(const float* map, const uint8_t* codes, float absmax, float* out) {
   const __m512 scale = _mm512_set1_ps(absmax);
@@ -59,18 +59,26 @@ AVX512 void quantize_avx512(bool is_signed, const uint32_t* buckets, const float
     _mm_store_si128(reinterpret_cast<__m128i*>(codes + i), _mm512_cvtepi32_epi8(code));
   }
 }
-
-#else
-constexpr auto dequantize_avx512 = dequantize;
-constexpr auto quantize_avx512 = quantize;
 #endif
 
+void widen_state(const float* map, const uint8_t* codes, float absmax, float* out) {
+#ifdef SLTRAIN_X86
+  if (cpu_level() >= CpuLevel::kAvx512) return dequantize_avx512(map, codes, absmax, out);
+#endif
+  at_level<dequantize>(map, codes, absmax, out);
+}
+
+void narrow_state(bool is_signed, const uint32_t* buckets, const float* x, float inverse, uint8_t* codes) {
+#ifdef SLTRAIN_X86
+  if (cpu_level() >= CpuLevel::kAvx512) return quantize_avx512(is_signed, buckets, x, inverse, codes);
+#endif
+  at_level<quantize>(is_signed, buckets, x, inverse, codes);
+}
+
 void step_block(const AdamStep& s, const Tables& tables, Block& block, float& absmax_m, float& absmax_v) {
-  const auto widen_state = has_avx512 ? dequantize_avx512 : dequantize;
-  const auto narrow_state = has_avx512 ? quantize_avx512 : quantize;
   widen_state(tables.signed_map, block.m8, absmax_m, block.m);
   widen_state(tables.unsigned_map, block.v8, absmax_v, block.v);
-  update(s, block, absmax_m, absmax_v);
+  at_level<update>(s, block, absmax_m, absmax_v);
   narrow_state(true, tables.signed_buckets, block.m, inverse_of(absmax_m), block.m8);
   narrow_state(false, tables.unsigned_buckets, block.v, inverse_of(absmax_v), block.v8);
 }

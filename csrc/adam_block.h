@@ -2,7 +2,7 @@
 // Include it first: its first lines are about how everything behind them is compiled.
 #pragma once
 
-// sums and products keep their own roundings in every clone; square roots vectorise by the build's -fno-math-errno
+// sums and products keep their own roundings at every level; square roots vectorise by the build's -fno-math-errno
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC optimize("fp-contract=off")
 #elif defined(__clang__)
@@ -10,7 +10,7 @@
 #endif
 
 #include "adam8bit.h"
-#include "vector_clones.h"
+#include "cpu.h"
 
 #include <ATen/core/Tensor.h>
 #include <c10/util/BFloat16.h>
@@ -19,20 +19,12 @@
 #include <cstdint>
 #include <type_traits>
 
-#if defined(__x86_64__) && defined(__GNUC__)
+#ifdef SLTRAIN_X86
 #include <immintrin.h>
-#define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq")))
 #endif
 
 namespace sltrain {
 namespace {
-
-#ifdef AVX512
-const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-#else
-constexpr bool has_avx512 = false;
-#endif
 
 constexpr int kAhead = 2;  // blocks between the one that is prefetched and the one that is worked on
 
@@ -43,16 +35,15 @@ struct Block {
   alignas(64) uint16_t half[kStateBlock];  // p or g in bf16
 };
 
-VECTOR_CLONES void widen(const uint16_t* __restrict from, float* __restrict to) {
+ANY_LEVEL void widen(const uint16_t* __restrict from, float* __restrict to) {
   for (int i = 0; i < kStateBlock; ++i) to[i] = from_bf16(from[i]);
 }
 
-VECTOR_CLONES void round_to_nearest(const float* __restrict from, uint16_t* __restrict to) {
+ANY_LEVEL void round_to_nearest(const float* __restrict from, uint16_t* __restrict to) {
   for (int i = 0; i < kStateBlock; ++i) to[i] = to_bf16(from[i], nearest_even(from[i]));
 }
 
-VECTOR_CLONES void round_stochastically(const BlockNoise& block, const float* __restrict from,
-                                        uint16_t* __restrict to) {
+ANY_LEVEL void round_stochastically(const BlockNoise& block, const float* __restrict from, uint16_t* __restrict to) {
   const BlockNoise noise = block;
   for (uint32_t i = 0; i < kStateBlock; ++i) to[i] = to_bf16(from[i], rounding_noise(noise, i));
 }
@@ -65,7 +56,7 @@ inline void read(const float* from, int64_t n, float* to, uint16_t*) {
 inline void read(const c10::BFloat16* from, int64_t n, float* to, uint16_t* half) {
   std::memcpy(half, from, n * sizeof *half);
   std::fill(half + n, half + kStateBlock, uint16_t{0});
-  widen(half, to);
+  at_level<widen>(half, to);
 }
 
 inline void write(const Block& block, int64_t n, float* to) { std::copy_n(block.p, n, to); }
@@ -81,7 +72,7 @@ void prefetch(const T* from) {
 
 // p, m and v after the step, and the largest |m| and |v| as integers: their maximum is exact in any order, and NaN is
 // above everything
-VECTOR_CLONES void update(const AdamStep& s, Block& block, float& absmax_m, float& absmax_v) {
+ANY_LEVEL void update(const AdamStep& s, Block& block, float& absmax_m, float& absmax_v) {
   const AdamStep step = s;
   const float* __restrict g = block.g;
   float* __restrict p = block.p;
@@ -105,9 +96,9 @@ VECTOR_CLONES void update(const AdamStep& s, Block& block, float& absmax_m, floa
 // The block's parameters as bf16 bits, in block.half.
 inline void round_parameters(const AdamStep& s, int64_t noise_block, Block& block) {
   if (s.stochastic) {
-    round_stochastically(block_noise(s, noise_block), block.p, block.half);
+    at_level<round_stochastically>(block_noise(s, noise_block), block.p, block.half);
   } else {
-    round_to_nearest(block.p, block.half);
+    at_level<round_to_nearest>(block.p, block.half);
   }
 }
 

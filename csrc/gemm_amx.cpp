@@ -3,6 +3,7 @@
 // (gradients of weights), which it turns first. Sums are formed in fp32, in the order of k, whatever the number of
 // threads, and rounded once.
 
+#include "cpu.h"
 #include "ops.h"
 
 #include <ATen/Parallel.h>
@@ -13,10 +14,7 @@
 
 #if defined(__x86_64__) && defined(__linux__) && (defined(__clang__) || __GNUC__ >= 11)
 
-#include <cpuid.h>
 #include <immintrin.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 
 #define TILES __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16")))
 #define TILES_INLINE TILES inline __attribute__((always_inline))
@@ -32,15 +30,6 @@ constexpr int64_t kDeep = 64;                   // blocks of k taken together: a
 constexpr int64_t kLargest = 16 << 20;          // bytes of what is packed of b, and of sums that wait for more of k
 constexpr int64_t kGroup = 512 << 10;           // bytes of a that are used together
 constexpr int64_t kWorth = 6 << 20;             // multiply-adds from which on threads share them
-
-bool ask_for_tiles() {
-  unsigned a = 0, b = 0, c = 0, d = 0;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-  const bool tiles = (d >> 24 & 1) && (d >> 22 & 1);  // amx-tile, amx-bf16
-  constexpr int kRequest = 0x1023, kTileData = 18;    // ARCH_REQ_XCOMP_PERM: the kernel gives them on request alone
-  return tiles && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bf16") && syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
-}
 
 struct Matrix {  // element (i, j) at data[i * row + j * column]; one of the strides is 1
   const uint16_t* data;
@@ -302,7 +291,7 @@ Matrix matrix(const at::Tensor& x) {
 
 bool gemm_amx(at::Tensor& out, const at::Tensor& a, const at::Tensor& b, double alpha, bool add,
               const std::optional<at::Tensor>& bias) {
-  static const bool available = ask_for_tiles();
+  const bool available = cpu_level() >= CpuLevel::kAmx;
   const int64_t M = out.size(0), N = out.size(1), K = a.size(1);
   const auto fits = [](const at::Tensor& x) {
     return x.scalar_type() == at::kBFloat16 && (x.stride(0) == 1 || x.stride(1) == 1);

@@ -1,8 +1,8 @@
 // The sum of a tensor's squares, in fp32 within short runs and in fp64 over them: no copy of it in another type, and
 // the same bits for any number of threads.
 
+#include "cpu.h"
 #include "ops.h"
-#include "vector_clones.h"
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
@@ -17,7 +17,7 @@ constexpr int64_t kBlock = 1 << 16;  // elements that one thread sums
 constexpr int64_t kRun = 1 << 10;    // of these, in fp32
 constexpr int64_t kLanes = 64;
 
-VECTOR_CLONES double squares(const float* x, int64_t count) {
+ANY_LEVEL double squares_of_float(const float* x, int64_t count) {
   double total = 0;
   for (int64_t first = 0; first < count; first += kRun) {
     float sums[kLanes] = {};
@@ -31,7 +31,7 @@ VECTOR_CLONES double squares(const float* x, int64_t count) {
   return total;
 }
 
-VECTOR_CLONES double squares(const at::BFloat16* x, int64_t count) {
+ANY_LEVEL double squares_of_bfloat16(const at::BFloat16* x, int64_t count) {
   const uint16_t* bits = reinterpret_cast<const uint16_t*>(x);
   double total = 0;
   for (int64_t first = 0; first < count; first += kRun) {
@@ -41,10 +41,13 @@ VECTOR_CLONES double squares(const at::BFloat16* x, int64_t count) {
       const uint32_t word = static_cast<uint32_t>(bits[first + i]) << 16;
       __builtin_memcpy(wide + i, &word, 4);
     }
-    total += squares(wide, size);
+    total += squares_of_float(wide, size);
   }
   return total;
 }
+
+double squares(const float* x, int64_t count) { return at_level<squares_of_float>(x, count); }
+double squares(const at::BFloat16* x, int64_t count) { return at_level<squares_of_bfloat16>(x, count); }
 
 }  // namespace
 

@@ -6,6 +6,7 @@
 // would cost 8 bytes a non-zero. Every result is formed by one thread in a fixed order, so bits do not depend on the
 // number of threads.
 
+#include "cpu.h"
 #include "ops.h"
 
 #include <ATen/Dispatch.h>
@@ -41,9 +42,9 @@ enum class Pair : uint32_t {};  // two bf16
 #undef KERNEL_LANES
 #undef KERNEL_ACCUMULATORS
 
-#if defined(__x86_64__)
+#ifdef SLTRAIN_X86
 #define KERNEL_ISA avx2
-#define KERNEL_TARGET __attribute__((target("avx2,fma")))
+#define KERNEL_TARGET AVX2
 #define KERNEL_LANES 8
 #define KERNEL_ACCUMULATORS 4
 #include "spmm_kernels.h"
@@ -53,7 +54,7 @@ enum class Pair : uint32_t {};  // two bf16
 #undef KERNEL_ACCUMULATORS
 
 #define KERNEL_ISA avx512
-#define KERNEL_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
+#define KERNEL_TARGET AVX512
 #define KERNEL_LANES 16
 #define KERNEL_ACCUMULATORS 8
 #include "spmm_kernels.h"
@@ -66,26 +67,11 @@ enum class Pair : uint32_t {};  // two bf16
 namespace sltrain {
 namespace {
 
-enum class Isa { kPortable, kAvx2, kAvx512 };
-
-Isa best_isa() {
-#if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl")) {
-    return Isa::kAvx512;
-  }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::kAvx2;
-#endif
-  return Isa::kPortable;
-}
-
-Isa isa = best_isa();
-
-#if defined(__x86_64__)
-#define CALL(...)                                          \
-  (isa == Isa::kAvx512  ? avx512::__VA_ARGS__              \
-   : isa == Isa::kAvx2 ? avx2::__VA_ARGS__                 \
-                       : portable::__VA_ARGS__)
+#ifdef SLTRAIN_X86
+#define CALL(...)                                                 \
+  (cpu_level() >= CpuLevel::kAvx512 ? avx512::__VA_ARGS__         \
+   : cpu_level() >= CpuLevel::kAvx2 ? avx2::__VA_ARGS__           \
+                                    : portable::__VA_ARGS__)
 #else
 #define CALL(...) portable::__VA_ARGS__
 #endif

@@ -2,8 +2,8 @@
 // Rows are independent everywhere, so results do not depend on the number of threads.
 // sample_support gives the same bits as sltrain_ds/ops/support.py, which says what is drawn and why.
 
+#include "cpu.h"
 #include "ops.h"
-#include "vector_clones.h"
 
 #include <ATen/Dispatch.h>
 #include <ATen/Functions.h>
@@ -14,8 +14,6 @@
 #include <cstdint>
 #include <mutex>
 #include <vector>
-
-// VECTOR_CLONES: integer code only, so every clone gives the same bits.
 
 namespace sltrain {
 namespace {
@@ -42,8 +40,9 @@ inline uint32_t add_mod(uint32_t x, uint32_t h, uint32_t m) {
   return sum >= m ? sum - m : sum;
 }
 
-VECTOR_CLONES void feistel(uint32_t* __restrict left, uint32_t* __restrict right, int n, uint32_t a, uint32_t b,
-                           const uint32_t* __restrict keys) {
+// integers alone: the same bits at every level
+ANY_LEVEL void feistel(uint32_t* __restrict left, uint32_t* __restrict right, int n, uint32_t a, uint32_t b,
+                       const uint32_t* __restrict keys) {
   for (int r = 0; r < kRounds; r += 2) {
     const uint32_t key0 = keys[r], key1 = keys[r + 1];
     for (int i = 0; i < n; ++i) {
@@ -77,12 +76,12 @@ class Bijection {
       right[i] = r;
       if (++r == b_) r = 0, ++l;
     }
-    feistel(left, right, n, a_, b_, keys_);
+    at_level<feistel>(left, right, n, a_, b_, keys_);
     for (int i = 0; i < n; ++i) out[i] = static_cast<uint64_t>(left[i]) * b_ + right[i];
     for (int i = 0; i < n; ++i) {
       while (out[i] >= size_) {
         uint32_t wl = static_cast<uint32_t>(out[i] / b_), wr = static_cast<uint32_t>(out[i] % b_);
-        feistel(&wl, &wr, 1, a_, b_, keys_);
+        at_level<feistel>(&wl, &wr, 1, a_, b_, keys_);
         out[i] = static_cast<uint64_t>(wl) * b_ + wr;
       }
     }

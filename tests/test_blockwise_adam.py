@@ -1,5 +1,6 @@
 import pytest
 import torch
+from bounds import close, of_sum
 
 from sltrain_ds.bitsandbytes_states import from_bitsandbytes, to_bitsandbytes
 from sltrain_ds.blockwise_adam import BlockwiseAdam, Segment
@@ -45,7 +46,7 @@ def test_it_is_the_step_of_its_format(states, decoupled):
 
 @pytest.mark.parametrize("decoupled", [True, False])
 def test_norms_are_stepped_as_torch_does(decoupled):
-    """32-bit states and torch's own formula: the same bits as its single-tensor Adam(W)."""
+    """32-bit states and torch's own formula, as its single-tensor Adam(W) computes it."""
     mine, theirs = parameters((300,)), parameters((300,))
     options = {"lr": 1e-2, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}
     ours = BlockwiseAdam([{"params": mine, "name": "norms"}], **options, decoupled=decoupled)
@@ -53,10 +54,11 @@ def test_norms_are_stepped_as_torch_does(decoupled):
     optimizer = kind(theirs, **options, foreach=False)
     run(ours, 5)
     run(optimizer, 5)
-    torch.testing.assert_close(mine[0], theirs[0], rtol=1e-6, atol=1e-7)
+    bound = of_sum(torch.float32, 5 * 8)  # five steps of some eight roundings
+    close(mine[0], theirs[0], bound)
     state = ours.state[mine[0]]
     assert state["step"] == 5 and state["exp_avg"].dtype == torch.float32
-    torch.testing.assert_close(state["exp_avg_sq"], optimizer.state[theirs[0]]["exp_avg_sq"], rtol=1e-6, atol=0.0)
+    torch.testing.assert_close(state["exp_avg_sq"], optimizer.state[theirs[0]]["exp_avg_sq"], rtol=bound, atol=0.0)
 
 
 @pytest.mark.parametrize("states", KINDS)

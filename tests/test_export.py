@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from bounds import same_logits
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -100,7 +101,7 @@ def test_plain_transformers_computes_the_same(tmp_path, method, stage, world):
     usual = (tmp_path / "new").stat().st_mode
     assert all(file.stat().st_mode == usual for file in (tmp_path / "out").iterdir())
     assert done.parameters == sum(p.numel() for p in plain.parameters()) and done.bytes == 4 * done.parameters
-    torch.testing.assert_close(logits(plain), logits(model), rtol=1e-5, atol=1e-5)
+    same_logits(logits(plain), logits(model), CONFIG)
 
 
 def test_bf16_runs_export_the_weights_they_computed_with(tmp_path):
@@ -112,7 +113,8 @@ def test_bf16_runs_export_the_weights_they_computed_with(tmp_path):
     assert plain.dtype == torch.bfloat16
     name = "model.layers.1.mlp.down_proj"
     assert torch.equal(plain.get_submodule(name).weight, model.get_submodule(name).dense_weight())
-    torch.testing.assert_close(logits(plain, torch.bfloat16), logits(model, torch.bfloat16), rtol=0.03, atol=0.03)
+    bf16 = torch.bfloat16
+    same_logits(logits(plain, bf16), logits(model, bf16), CONFIG, bf16)
 
 
 def test_the_wider_type_merges(tmp_path):
@@ -135,7 +137,7 @@ def test_a_large_model_is_cut_into_files(tmp_path):
     files = sorted(tmp_path.glob("out/*.safetensors"))
     assert done.files == len(files) > 3 and files[0].name == f"model-00001-of-{len(files):05d}.safetensors"
     assert all(sum(t.nbytes for t in load_file(file).values()) <= 30_000 for file in files)
-    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), logits(model))
+    same_logits(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), logits(model), CONFIG)
 
 
 def test_tied_weights_are_written_once(tmp_path):
@@ -144,7 +146,7 @@ def test_tied_weights_are_written_once(tmp_path):
     write(tmp_path / "run", model, settings)
     export(tmp_path / "run", tmp_path / "out")
     assert "lm_head.weight" not in load_file(tmp_path / "out" / "model.safetensors")
-    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), logits(model))
+    same_logits(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), logits(model), CONFIG)
 
 
 @pytest.mark.parametrize("stage", [2, 3])
@@ -164,7 +166,7 @@ def test_stored_supports_and_biases(tmp_path, stage):
     model = trained(settings)
     write(tmp_path / "run", model, settings, stage, world=stage - 1)
     export(tmp_path / "run", tmp_path / "out")
-    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), logits(model))
+    same_logits(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), logits(model), CONFIG)
 
 
 def test_a_run_from_a_dense_directory(tmp_path):
@@ -174,7 +176,7 @@ def test_a_run_from_a_dense_directory(tmp_path):
     model = trained(settings)
     write(tmp_path / "run", model, settings)
     export(tmp_path / "run", tmp_path / "out")
-    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), logits(model))
+    same_logits(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), logits(model), CONFIG)
 
 
 def test_the_command_copies_the_tokenizer_or_says_why_not(tmp_path, tiny, capsys):

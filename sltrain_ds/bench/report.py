@@ -74,7 +74,7 @@ def megabytes(nbytes: int | None) -> float | None:
 
 def environment(device) -> dict:
     """Device, versions, threads, load and command, as plain values."""
-    from sltrain_ds.ops import builder, cuda
+    from sltrain_ds.ops import builder, cpu_level, cuda
 
     device = torch.device(device)
     with contextlib.redirect_stdout(sys.stderr):  # a build announces itself
@@ -90,6 +90,7 @@ def environment(device) -> dict:
         **{name: _version(name) for name in PACKAGES},
         "cuda": torch.version.cuda,
         "ops": kernels,
+        "cpu_level": cpu_level.in_force(),
         "command": shlex.join(["sltrain-ds", *sys.argv[1:]]),
     }
 
@@ -98,7 +99,8 @@ def describe(found: dict) -> str:
     """The command and where it ran, a line each."""
     versions = ", ".join(f"{name} {found[name]}" for name in ("sltrain_ds", "python", *PACKAGES))
     where = f"{found['device']}, {found['cores']} cores, {found['threads']} threads, load {found['load']} at the start"
-    return f"`{found['command']}`\n{where}; {versions}, ops {found['ops']}"
+    level = f", CPU level {found['cpu_level']}" if found["cpu_level"] else ""
+    return f"`{found['command']}`\n{where}; {versions}, ops {found['ops']}{level}"
 
 
 def _cpu_name() -> str:

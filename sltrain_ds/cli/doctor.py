@@ -12,7 +12,7 @@ from pathlib import Path
 from sltrain_ds import __version__
 
 SUPPORTED = {  # package -> [at least, below), as setup.py asks for
-    "torch": ("2.11", "2.14"),
+    "torch": ("2.11", "2.16"),
     "deepspeed": ("0.19.8", "0.20"),
     "transformers": ("5.17", "6"),
     "datasets": ("5.2", "6"),
@@ -62,6 +62,7 @@ def examine() -> dict:
         "python": platform.python_version(),
         "versions": versions,
         "ops": ops(),
+        "cpu_level": cpu_level(),
         "cuda_ops": cuda_ops(),
         "apex": apex(),
         "bitsandbytes": bitsandbytes(),
@@ -76,6 +77,16 @@ def ops() -> dict:
 
     kind, detail = builder.status()
     return {"installed": kind == "prebuilt", "compatible": kind != "reference", "kind": kind, "detail": detail}
+
+
+def cpu_level() -> str:
+    """The instruction set that the C++ ops use, and whether it was forced."""
+    from sltrain_ds.ops import cpu_level
+
+    level = cpu_level.in_force()
+    if level is None:
+        return "none: no C++ ops are loaded"
+    return f"{level} (SLTRAIN_CPU)" if os.environ.get("SLTRAIN_CPU") else level
 
 
 def cuda_ops() -> dict:
@@ -150,6 +161,7 @@ def as_text(found: dict) -> str:
     lines += [rule, "op name ............... installed .. compatible", rule]
     installed, compatible = ("[YES]" if state["installed"] else "[NO]"), ("[OKAY]" if state["compatible"] else "[NO]")
     lines += [f"sltrain_ops ........... {installed:.<12} {compatible}", f"  {told[state['kind']]}: {state['detail']}"]
+    lines.append(f"  CPU level: {found['cpu_level']}")
     kernels = found["cuda_ops"]
     serve = "[YES]" if kernels["serve"] else "[NO]"
     lines += [f"CUDA kernels .......... {serve}", f"  {kernels['detail']}"]

@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 from sltrain_ds.errors import UserError
+from sltrain_ds.ops import cpu_level
 
 CXX_FLAGS = [
     "-O3",
@@ -156,9 +157,20 @@ def missing_tools() -> str | None:
     return None
 
 
+def built() -> bool:
+    """Whether ``load`` would find a library, without building one."""
+    if _state is not None:
+        return _state[0] != "reference"
+    return importlib.util.find_spec("sltrain_ds.ops._C") is not None or cached_library() is not None
+
+
 def _load(verbose=False):
     global _state
-    _state = _find(verbose)
+    cpu_level.check_name()
+    found = _find(verbose)
+    if found[0] != "reference":
+        cpu_level.check_processor()
+    _state = found
     if _state[0] == "reference" and os.environ.get("RANK", "0") == "0":
         print(f"sltrain-ds: the PyTorch reference serves in place of the C++ ops: {_state[1]}", flush=True)
     return _state

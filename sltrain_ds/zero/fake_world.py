@@ -1,7 +1,7 @@
 """One process that plays one rank of N: torch's fake process group under the real DeepSpeed engine.
 
 Collectives return at once with what this rank has; so shapes, shards and buffers are those of a rank of N, and losses
-mean nothing. The group is from torch/testing/_internal/distributed/fake_pg.py (torch 2.11 to 2.13).
+mean nothing. The group is from torch/testing/_internal/distributed/fake_pg.py (torch 2.11 to 2.15).
 """
 
 import os

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from bounds import close, of_chain
 from torch.utils.checkpoint import checkpoint
 
 from sltrain_ds.ops import builder, reference, sltrain_linear, support, workspace
@@ -60,15 +61,16 @@ def gradients(y, leaves):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-4)])
-def test_outputs_and_gradients_match_the_reference(shape, dtype, tolerance):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_outputs_and_gradients_match_the_reference(shape, dtype):
     leaves, places, flat = make(*shape, dtype=dtype)
     y, expected = run(leaves, places), run_reference(leaves, flat)
     assert y.dtype == expected.dtype and y.shape == expected.shape
-    torch.testing.assert_close(y, expected, rtol=tolerance, atol=tolerance)
+    bound = of_chain(dtype, max(*shape[0], *shape[1:3]), 3)  # B A, W x, and a gradient
+    close(y, expected, bound)
     for found, wanted in zip(gradients(y, leaves), gradients(expected, leaves), strict=True):
         assert found.dtype == wanted.dtype
-        torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)
+        close(found, wanted, bound)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -231,7 +233,9 @@ def test_python_reference_serves_the_same(tmp_path, mode):
     path = tmp_path / "out.pt"
     code = f"""
 import torch
-from tests.ops.test_sltrain_linear import make, run, gradients
+import sys
+sys.path += ['tests', 'tests/ops']
+from test_sltrain_linear import make, run, gradients
 for dtype in (torch.float32, torch.bfloat16):
     leaves, places, _ = make((6,), 40, 30, 4, 0.1, True, dtype=dtype)
     y = run(leaves, places)
