@@ -54,9 +54,13 @@ def _train(progress, engine, run, source, validation, meter, start_step, tokens)
         tokens += run.tokens_per_step
         norm = grad_norm.value()
         seconds = time.perf_counter() - began
+        reserved = meter.gauge.reserved()
         memory = meter.read()
         rate = run.tokens_per_step / seconds
-        metrics.log(step + 1, loss=loss, lr=lr, grad_norm=norm, tokens=tokens, tokens_per_second=rate, memory=memory)
+        numbers = {"loss": loss, "lr": lr, "grad_norm": norm, "tokens": tokens, "tokens_per_second": rate}
+        if reserved is not None:
+            numbers["reserved_bytes"] = reserved
+        metrics.log(step + 1, **numbers, memory=memory)
         progress.step(loss, rate, memory["peak"])
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise NonFiniteLoss(

@@ -28,8 +28,12 @@ def result(of, **inputs):
 
 @pytest.mark.parametrize("kind", ["llama", "phi"])  # phi's head has a bias: chunks by checkpoints
 @pytest.mark.parametrize("count", [None, 17])
-def test_value_and_gradients_are_those_of_the_full_loss(monkeypatch, kind, count):
+@pytest.mark.parametrize("as_on_a_gpu", [False, True])
+def test_value_and_gradients_are_those_of_the_full_loss(monkeypatch, kind, count, as_on_a_gpu):
     monkeypatch.setattr(loss, "CHUNK_BYTES", 4 * 300 * 7)  # 7 tokens a chunk, the last one shorter
+    monkeypatch.setattr(loss, "_at_once", lambda hidden: as_on_a_gpu)
+    monkeypatch.setattr(loss, "CUDA_MULTIPLE", 7)
+    monkeypatch.setattr(loss, "CUDA_MOST", 7)
     ids = torch.randint(300, (2, 16))
     labels = ids.clone()
     labels[0, 3:12] = IGNORED  # a whole chunk without a target
@@ -42,6 +46,25 @@ def test_value_and_gradients_are_those_of_the_full_loss(monkeypatch, kind, count
     for a, b in zip(ours, gradients, strict=True):
         torch.testing.assert_close(a, b)
     assert chunked(input_ids=ids).logits.shape == (2, 16, 300)
+
+
+def test_chunks_on_a_gpu_are_whole_tiles():
+    assert [loss.chunk_tokens(vocabulary, "cuda") for vocabulary in (300, 32_000, 128_256, 1_000_000)] == [1024] * 2 + [
+        256
+    ] * 2
+
+
+def test_gradients_formed_in_forward_serve_once_and_cost_nothing_without_a_backward(monkeypatch):
+    monkeypatch.setattr(loss, "_at_once", lambda hidden: True)
+    chunked = model("llama")
+    loss.use_chunked_loss(chunked)
+    ids = torch.randint(300, (2, 16))
+    with torch.no_grad():
+        assert not chunked(input_ids=ids, labels=ids).loss.requires_grad
+    value = chunked(input_ids=ids, labels=ids).loss
+    value.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="one backward pass"):
+        value.backward()
 
 
 REFUSED = {

@@ -3,11 +3,17 @@
 import json
 from pathlib import Path
 
+from sltrain_ds.memory.libraries import KINDS
+
 
 def add_parser(subparsers):
     parser = subparsers.add_parser("estimate", help="memory by category, per GPU, before anything is built")
     parser.add_argument("config", type=Path)
     parser.add_argument("--gpus", type=int, default=1, metavar="N", help="number of GPUs (default 1)")
+    parser.add_argument(
+        "--device", choices=KINDS, default="cpu",
+        help="count what libraries take on such a device too (h100: this one and later; default cpu: nothing)",
+    )  # fmt: skip
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the file")
     parser.add_argument("--json", action="store_true", help="one JSON object, sizes in bytes")
     return parser
@@ -18,7 +24,7 @@ def run(args) -> int:
     from sltrain_ds.memory.estimate import estimate
 
     settings = load(args.config, args.set, world_size=args.gpus, check_files=False)
-    result = estimate(settings)
+    result = estimate(settings, device=args.device)
     if args.json:
         print(json.dumps({"config": str(args.config), **result.to_json()}, indent=2))
     else:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from sltrain_ds.memory.activations import activations
 from sltrain_ds.memory.count import GROUPS, Model, Shape, count
+from sltrain_ds.memory.libraries import cublas_workspaces
 from sltrain_ds.memory.paper import RECIPES, Row, table
 from sltrain_ds.memory.per_layer import held_per_layer
 from sltrain_ds.memory.zero import Settings, held
@@ -62,19 +63,21 @@ class Estimate:
         return out
 
 
-def estimate(run, gpus: int | None = None) -> Estimate:
+def estimate(run, gpus: int | None = None, device: str = "cpu") -> Estimate:
     """Estimate a `RunConfig` on `gpus` GPUs (default `run.world_size`), with the dense model under the same config.
+
+    `device`, one of `libraries.KINDS`, says what libraries take beside the tensors: nothing on the CPU.
 
     Raises `UserError` for models that cannot be counted and settings whose memory is not modelled.
     """
     gpus = run.world_size if gpus is None else gpus
     shape = Shape.of(run.model_fields)
-    own = _one(run, gpus, count(shape, run.sltrain.method))
-    dense = _one(run, gpus, count(shape))
+    own = _one(run, gpus, count(shape, run.sltrain.method), device)
+    dense = _one(run, gpus, count(shape), device)
     return Estimate(**{**vars(own), "dense": dense, "paper": table(shape, *_recipe(run.sltrain))})
 
 
-def _one(run, gpus: int, model: Model) -> Estimate:
+def _one(run, gpus: int, model: Model, device: str) -> Estimate:
     settings, block = Settings.of(run, gpus), run.sltrain
     groups = model.by_group()
     tokens = run.micro_batch_size * block.data.sequence_length
@@ -95,11 +98,14 @@ def _one(run, gpus: int, model: Model) -> Estimate:
         "activations": active + _kept_weights(model, block.op_mode, checkpointing) * settings.weight,
         "workspace": model.workspace * settings.weight,
     }
+    libraries = cublas_workspaces(device)
+    if libraries:
+        sizes["libraries"] = libraries
     kept = on_gpu.weights + sizes["index"] + on_gpu.masters
     moments = {
         "initialize": kept + on_gpu.init,
         "backward": sum(sizes.values()),
-        "step": kept + on_gpu.states + sizes["workspace"] + on_gpu.step,
+        "step": kept + on_gpu.states + sizes["workspace"] + libraries + on_gpu.step,
     }
     parameters = {group: sum(t.numel for t in groups.get(group, ())) for group in GROUPS}
     return Estimate(gpus, run.zero_stage, tokens, parameters, sizes, moments)

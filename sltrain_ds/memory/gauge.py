@@ -11,9 +11,10 @@ from sltrain_ds.ops import builder
 class Gauge:
     """`now()` and `most()` of a device's tensors since the gauge was made, in bytes.
 
-    CUDA: the caching allocator's. CPU: those of our counting allocator (csrc/counted_allocator.cpp), which serves from
-    here on; tensors made before are not seen. Where the C++ ops could not be built, the resident set's growth, read at
-    the calls alone (`kind` "resident"): a peak between two calls is missed, and libraries count.
+    CUDA: the caching allocator's active bytes, those of freed blocks that another stream still uses included. CPU:
+    those of our counting allocator (csrc/counted_allocator.cpp), which serves from here on; tensors made before are not
+    seen. Where the C++ ops could not be built, the resident set's growth, read at the calls alone (`kind` "resident"):
+    a peak between two calls is missed, and libraries count.
     """
 
     def __init__(self, device):
@@ -36,13 +37,18 @@ class Gauge:
         """The most alive at once since the last reset; `reset` starts anew from what is alive now."""
         return self._read(reset)[1]
 
+    def reserved(self) -> int | None:
+        """CUDA: the most bytes that the caching allocator took from the device since the last reset; else None."""
+        return torch.cuda.max_memory_reserved(self.device) if self.device.type == "cuda" else None
+
     def _read(self, reset: bool) -> tuple[int, int]:
         if self.kind == "resident":
             now = max(0, resident()[0] - self._start)
             most = self._most = max(now, self._most)
             self._most = now if reset else most
         elif self.device.type == "cuda":
-            now, most = torch.cuda.memory_allocated(self.device), torch.cuda.max_memory_allocated(self.device)
+            stats = torch.cuda.memory_stats(self.device)
+            now, most = (stats.get(f"active_bytes.all.{which}", 0) for which in ("current", "peak"))
             if reset:
                 torch.cuda.reset_peak_memory_stats(self.device)
         else:

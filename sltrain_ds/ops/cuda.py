@@ -229,7 +229,8 @@ def _where(tensor):
     """(device index, stream): the current one of the tensor's device."""
     if tensor.device.type != "cuda":
         return 0, None
-    return tensor.device.index, torch.cuda.current_stream(tensor.device).cuda_stream
+    index = tensor.device.index
+    return index, torch._C._cuda_getCurrentRawStream(index)  # no Stream object for it: this runs in every call
 
 
 def _check_support(W, rows, columns, values):

@@ -7,6 +7,8 @@ import torch
 from sltrain_ds.ops import builder
 
 _addmm = torch.addmm
+# a sum over k is accumulated in fp32 and rounded once on CUDA too: cuBLAS may not add partial sums in bf16
+torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
 
 def gemm_(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, alpha: float = 1.0, bias=None, add=False):

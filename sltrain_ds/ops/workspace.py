@@ -9,7 +9,7 @@ _buffers: dict[tuple, torch.Tensor] = {}
 
 def take(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """A (rows, columns) view of the shared scratch, contents undefined; valid until the next ``take`` of its kind."""
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    stream = torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
     key = (device, dtype, stream)
     buffer = _buffers.get(key)
     if buffer is None or buffer.numel() < rows * columns:

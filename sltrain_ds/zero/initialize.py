@@ -99,6 +99,10 @@ def _for_deepspeed(run, groups) -> dict:
         config["bf16"] |= {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
         owned |= {key: True for key in ("bf16.bf16_master_weights_and_grads", "bf16.bf16_optimizer_states")}
     config["zero_allow_untested_optimizer"] = True
+    if "timers" not in config and not config.get("wall_clock_breakdown"):
+        # it waits for the device at every forward and step, and nothing of it is shown
+        config["timers"] = {"throughput": {"enabled": False}}
+        owned["timers.throughput.enabled"] = False
     if deepspeed.comm.get_rank() == 0:
         print("sltrain_ds sets: " + ", ".join(f"{key} = {str(value).lower()}" for key, value in owned.items()))
     return config

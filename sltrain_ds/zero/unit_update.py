@@ -13,6 +13,7 @@ begins. Gradients of the whole model never exist at once. Where they are until t
   whether a step ends with this backward pass, not how many the config says: the engine may be told otherwise.
 """
 
+from collections import deque
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -66,6 +67,7 @@ class UnitUpdate:
     partitions: list[torch.Tensor]  # (partition,), float32 or as the weights
     owned: list[torch.Tensor]  # (partition,), as the weights
     side_stream = None  # where reductions and steps run beside the backward pass
+    AHEAD = 2  # units whose updates may be queued: what they hold is not given back before the side stream has come by
 
     def start_units(self, clipping: str) -> None:
         """Cut the partitions into pieces, which the optimizer steps, and group the groups into units."""
@@ -80,6 +82,7 @@ class UnitUpdate:
             name = unit_of(self.optimizer.param_groups[self.group_of(i)])
             units.setdefault(name, Unit(name)).groups.append(i)
         self.units = list(units.values())
+        self._queued = deque()  # an event after each unit's update on the side stream
         for unit in self.units:
             self._await_all(unit)
         self._unit_of = {i: unit for unit in self.units for i in unit.groups}
@@ -235,6 +238,8 @@ class UnitUpdate:
     @torch.no_grad()
     def _update(self, unit: Unit) -> None:
         """Clip, step and free a unit, group by group."""
+        if len(self._queued) == self.AHEAD:
+            self._queued.popleft().synchronize()
         with self._beside():
             gradients = {i: self._gradients(i) for i in unit.groups}
             scale = self.clipping.coefficient([gradient for i in unit.groups for gradient in gradients[i]])
@@ -252,6 +257,8 @@ class UnitUpdate:
                     self.owned[i].copy_(self.partitions[i])
             if isinstance(self.optimizer, BlockwiseAdam):
                 self.optimizer.gradient_scale = None
+            if self.side_stream is not None:
+                self._queued.append(self.side_stream.record_event())
         unit.stepped = True
 
     def _gradients(self, i: int) -> list[torch.Tensor]:

@@ -83,3 +83,14 @@ def test_a_run_writes_and_prints_where_its_memory_goes(train):
     parameters = found[0]["weights"] // 4  # fp32
     assert found[-1]["states"] == 8 * parameters and found[-1]["masters"] == 4 * parameters
     assert "memory of this rank at its peak" in process.stdout and "peak of tensors" in process.stdout
+
+
+def test_a_gauge_on_cuda_reads_active_bytes(monkeypatch):
+    """Allocated ones fall while a freed block waits for the stream that still uses it."""
+    stats = {"active_bytes.all.current": 7, "active_bytes.all.peak": 9, "allocated_bytes.all.peak": 5}
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: stats)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 11)
+    gauge = Gauge("cuda")
+    assert (gauge.now(), gauge.most(reset=True), gauge.reserved()) == (7, 9, 11)
+    assert Gauge("cpu").reserved() is None

@@ -17,7 +17,11 @@ class Stream:
     """Writes down what it waits for; `log` is the order in which work is given to streams."""
 
     def __init__(self, name, log):
-        self.name, self.log = name, log
+        self.name, self.log, self.events = name, log, 0
+
+    def record_event(self):
+        number, self.events = self.events, self.events + 1
+        return SimpleNamespace(synchronize=lambda: self.log.append(f"CPU waits for update {number}"))
 
     def wait_stream(self, other):
         self.log.append(f"{self.name} waits for {other.name}")
@@ -160,3 +164,15 @@ def test_what_is_kept_has_the_weights_dtype_however_it_is_sent(play):
         backward(zero)
     assert [own.dtype for own in zero.reduced.values()] == [torch.float32] * 2
     assert all(torch.equal(own, torch.ones_like(own)) for own in zero.reduced.values())
+
+
+def test_the_cpu_runs_no_more_than_two_updates_ahead(play):
+    zero, log = play(on_side=True)
+    for _ in range(4):
+        backward(zero)
+        zero.step_units()
+    waits = [line for line in log if line.startswith("CPU")]
+    assert waits == ["CPU waits for update 0", "CPU waits for update 1"]
+    assert (
+        log.index(waits[0]) > [i for i, line in enumerate(log) if line == "step on side"][3]
+    )  # two units of two groups
