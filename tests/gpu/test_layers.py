@@ -11,7 +11,7 @@ SHAPES = [(64, 512, 512, 128, 0.03), (257, 130, 515, 7, 0.3), (33, 4096, 1024, 6
 
 
 @pytest.mark.parametrize("tokens, in_, out, rank, density", SHAPES)
-@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.bfloat16, 2 * torch.finfo(torch.bfloat16).eps)])
 @pytest.mark.parametrize("mode", modes.MODES)
 def test_outputs_and_gradients(monkeypatch, tokens, in_, out, rank, density, dtype, bound, mode):
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
@@ -28,9 +28,14 @@ def test_outputs_and_gradients(monkeypatch, tokens, in_, out, rank, density, dty
     expected = reference.linear(*exact[:4], flat, 0.5, exact[4])
     found = [y, *torch.autograd.grad(y, leaves, dy)]
     wanted = [expected, *torch.autograd.grad(expected, exact, dy.double())]
-    for one, other in zip(found, wanted, strict=True):
+    # the same sums without their signs: where terms cancel, the error keeps the size that they have together
+    positive = [leaf.detach().abs().requires_grad_() for leaf in exact]
+    unsigned = reference.linear(*positive[:4], flat, 0.5, positive[4])
+    sizes = [unsigned, *torch.autograd.grad(unsigned, positive, dy.double().abs())]
+    for one, other, size in zip(found, wanted, sizes, strict=True):
         assert one.dtype == dtype
-        assert (one.double() - other).norm() <= bound * other.norm()
+        together = size.norm() / max(tokens, in_, out) ** 0.5  # of terms of random sign
+        assert (one.double() - other).norm() <= bound * torch.maximum(other.norm(), together)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
