@@ -114,10 +114,12 @@ struct BlockNoise {
   uint32_t start, flip;
 };
 
-SLTRAIN_BOTH BlockNoise block_noise(const AdamStep& s, int64_t block) {
-  const uint32_t start = mix_noise(static_cast<uint32_t>(block) ^ s.key0);
-  return {start, mix_noise(start + (s.key1 ^ static_cast<uint32_t>(block >> 32)))};
+SLTRAIN_BOTH BlockNoise block_noise(uint32_t key0, uint32_t key1, int64_t block) {
+  const uint32_t start = mix_noise(static_cast<uint32_t>(block) ^ key0);
+  return {start, mix_noise(start + (key1 ^ static_cast<uint32_t>(block >> 32)))};
 }
+
+SLTRAIN_BOTH BlockNoise block_noise(const AdamStep& s, int64_t block) { return block_noise(s.key0, s.key1, block); }
 
 // 16 random bits for element i of the block: half of what its pair of neighbours draws.
 SLTRAIN_BOTH uint32_t rounding_noise(const BlockNoise& noise, uint32_t i) {

@@ -29,7 +29,7 @@ strip --strip-unneeded "$WORK"/sltrain_ds/ops/*.so
 
 rm -f "$KIT"/*.so
 mv "$WORK"/sltrain_ds/ops/*.so "$KIT"
-cat csrc/*.* csrc/cuda/*.* | cksum >"$KIT/sources.txt" # launch/gpu_check.sh compares
+printf '%s\n' csrc/*.* csrc/cuda/*.* | LC_ALL=C sort | xargs cat | cksum >"$KIT/sources.txt" # launch/gpu_check.sh compares
 if ! cmp -s launch/gpu_kit.txt "$KIT/pins.txt"; then
   echo "== wheels"
   platforms=()

@@ -4,6 +4,7 @@ from sltrain_ds import models
 from sltrain_ds.loss import use_chunked_loss
 from sltrain_ds.memory.malloc import give_back_holes, give_back_large_blocks
 from sltrain_ds.memory.meter import Meter
+from sltrain_ds.memory.segments import grow_segments
 from sltrain_ds.zero.agree_on_modes import agree_on_modes
 from sltrain_ds.zero.initialize import initialize, partitioner
 
@@ -13,6 +14,7 @@ def make_engine(run, device):
 
     The meter runs from before the model.
     """
+    grow_segments()
     if run.sltrain.per_layer_update:  # memory is the point
         give_back_large_blocks()
     meter = Meter(device)

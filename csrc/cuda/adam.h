@@ -63,12 +63,14 @@ struct AdamTensor {
   int64_t numel, noise_block;  // the parameter's block that the first of these is
   int32_t end;                 // blocks of this tensor and of all before it
   int32_t wide;                // everything lies at multiples of what a lane moves at once
-  AdamStep step;
+  uint32_t key0, key1;         // of the rounding noise
 };
 
 constexpr int kTensors = 31;  // a launch; its parameters may take 4 kB
 
+// The scalars are the launch's, not a tensor's: at a fixed place among the parameters they take no registers.
 struct AdamLaunch {
+  AdamStep step;
   AdamTensor tensors[kTensors];
   const uint32_t* tables;
   const float* grad_scale;  // or null
@@ -84,7 +86,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   __shared__ uint32_t table[Format::kWords > 0 ? Format::kWords : 1];
   for (int i = threadIdx.x; i < Format::kWords; i += kThreads) table[i] = launch.tables[i];
   __syncthreads();
-  const float scale = launch.grad_scale ? *launch.grad_scale : 1.0f;
+  const AdamStep& s = launch.step;
+  const float grad_scale = launch.grad_scale ? s.grad_scale * *launch.grad_scale : s.grad_scale;
   const int lane = threadIdx.x % kWarp;
   const int32_t stride = static_cast<int32_t>(gridDim.x) * kWarpsAtATime;
   int which = 0;
@@ -117,9 +120,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     }
     const float old_m = Format::absmax(tensor.absmax_m, block, lane, numel);
     const float old_v = Format::absmax(tensor.absmax_v, block, lane, numel);
-    const AdamStep& s = tensor.step;
-    const float grad_scale = s.grad_scale * scale;
-    const BlockNoise noise = block_noise(s, tensor.noise_block + block);
+    const BlockNoise noise = block_noise(tensor.key0, tensor.key1, tensor.noise_block + block);
     float m[kEach], v[kEach];
     uint32_t largest_m = 0, largest_v = 0;  // |x| as integers: NaN is above everything
 #pragma unroll
@@ -155,6 +156,11 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
 
 bool aligned(const void* data, uintptr_t bytes) { return reinterpret_cast<uintptr_t>(data) % bytes == 0; }
 
+AdamStep step_of(const sltrain_adam_tensor& of) {
+  return adam_step(of.lr, of.beta1, of.beta2, of.eps, of.weight_decay, of.decoupled != 0, of.step, of.stochastic != 0,
+                   of.seed, of.key, of.grad_scale);
+}
+
 template <typename Format>
 AdamTensor described(const sltrain_adam_tensor& of) {
   AdamTensor tensor;
@@ -167,9 +173,16 @@ AdamTensor described(const sltrain_adam_tensor& of) {
   tensor.numel = of.numel;
   tensor.noise_block = of.offset / kStateBlock;
   tensor.wide = aligned(of.p, 16) && aligned(of.g, 16) && aligned(of.m, Format::kBytes) && aligned(of.v, Format::kBytes);
-  tensor.step = adam_step(of.lr, of.beta1, of.beta2, of.eps, of.weight_decay, of.decoupled != 0, of.step,
-                          of.stochastic != 0, of.seed, of.key, of.grad_scale);
+  const AdamStep own = step_of(of);
+  tensor.key0 = own.key0;
+  tensor.key1 = own.key1;
   return tensor;
+}
+
+bool same_scalars(const sltrain_adam_tensor& a, const sltrain_adam_tensor& b) {
+  return a.lr == b.lr && a.beta1 == b.beta1 && a.beta2 == b.beta2 && a.eps == b.eps &&
+         a.weight_decay == b.weight_decay && a.grad_scale == b.grad_scale && a.step == b.step &&
+         a.decoupled == b.decoupled && a.stochastic == b.stochastic;
 }
 
 // Thread blocks that fill the device, and no more than there is work for.
@@ -181,7 +194,7 @@ int64_t grid_size(int device, int64_t blocks) {
   return work < full ? work : full;
 }
 
-// Any number of tensors, kTensors in a launch.
+// Any number of tensors: a launch for up to kTensors in a row whose scalars are the same.
 template <typename Format>
 int step_all(int p_dtype, int g_dtype, const sltrain_adam_tensor* tensors, int64_t count, const void* tables,
              const float* grad_scale, int device, void* stream) {
@@ -200,9 +213,12 @@ int step_all(int p_dtype, int g_dtype, const sltrain_adam_tensor* tensors, int64
       for (int64_t next = 0; next < count;) {
         int64_t blocks = 0;
         int filled = 0;
+        const int64_t first = next;
+        launch.step = step_of(tensors[first]);
         for (; next < count && filled < kTensors; ++next) {
           const int64_t own = (tensors[next].numel + kStateBlock - 1) / kStateBlock;
           if (own > kMostBlocks) return kUnsupported;
+          if (!same_scalars(tensors[next], tensors[first])) break;
           if (own == 0) continue;
           if (blocks + own > kMostBlocks) break;
           AdamTensor& tensor = launch.tensors[filled++] = described<Format>(tensors[next]);

@@ -41,7 +41,7 @@ struct sltrain_adam_tensor {
   int32_t decoupled, stochastic;
 };
 
-// Step `count` tensors of one dtype, whose gradients have one dtype: a launch for up to 31 of them. The gradients are
+// Step `count` tensors of one dtype, whose gradients have one dtype: a launch for up to 31 in a row with equal scalars. The gradients are
 // multiplied by their tensor's grad_scale times *grad_scale, which lies on the device, unless it is null. 8-bit, 4-bit and
 // 32-bit states; the last know no tables.
 int sltrain_cuda_adam8bit(int p_dtype, int g_dtype, const sltrain_adam_tensor* tensors, int64_t count,

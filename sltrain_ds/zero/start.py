@@ -9,6 +9,7 @@ import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 
+from sltrain_ds.memory.segments import grow_segments
 from sltrain_ds.ops import builder
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -24,7 +25,7 @@ def start() -> None:
         return
     if "RANK" not in os.environ and "OMPI_COMM_WORLD_RANK" not in os.environ:
         _alone()
-    allocator_settings()
+    grow_segments()
     builder.load()
     if builder.missing_tools():
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -34,15 +35,6 @@ def start() -> None:
     _unname_shared_memory()
     if get_accelerator().device_name() == "cpu":
         atexit.register(_part)
-
-
-def allocator_settings() -> None:
-    """On CUDA, before its first allocation: segments that grow, so that freed memory fits what comes next. Whoever sets
-    the variable keeps their own.
-    """
-    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
-    if not any(os.environ.get(name) for name in names):
-        os.environ[names[0]] = "expandable_segments:True"
 
 
 def _part() -> None:
