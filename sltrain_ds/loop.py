@@ -54,12 +54,11 @@ def _train(progress, engine, run, source, validation, meter, start_step, tokens)
         tokens += run.tokens_per_step
         norm = grad_norm.value()
         seconds = time.perf_counter() - began
-        reserved = meter.gauge.reserved()
         memory = meter.read()
         rate = run.tokens_per_step / seconds
         numbers = {"loss": loss, "lr": lr, "grad_norm": norm, "tokens": tokens, "tokens_per_second": rate}
-        if reserved is not None:
-            numbers["reserved_bytes"] = reserved
+        if meter.reserved is not None:
+            numbers["reserved_bytes"] = meter.reserved
         metrics.log(step + 1, **numbers, memory=memory)
         progress.step(loss, rate, memory["peak"])
         if not (math.isfinite(loss) and math.isfinite(norm)):

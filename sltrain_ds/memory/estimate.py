@@ -98,7 +98,7 @@ def _one(run, gpus: int, model: Model, device: str) -> Estimate:
         "activations": active + _kept_weights(model, block.op_mode, checkpointing) * settings.weight,
         "workspace": model.workspace * settings.weight,
     }
-    libraries = cublas_workspaces(device)
+    libraries = cublas_workspaces(device, block.deterministic)
     if libraries:
         sizes["libraries"] = libraries
     kept = on_gpu.weights + sizes["index"] + on_gpu.masters

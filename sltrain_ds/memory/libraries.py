@@ -4,12 +4,15 @@ import os
 
 KINDS = ("cpu", "a100", "h100")  # "h100": every device of compute capability 9.0 and above
 _BYTES = {"cpu": 0, "a100": 4096 * 1024 * 2 + 16 * 1024 * 8, "h100": 32 << 20}  # torch's defaults (CUDABlas, 2.11)
+DETERMINISTIC = ":4096:8"  # of CUBLAS_WORKSPACE_CONFIG: fixed buffers, as train.py sets it
 THREADS = 2  # the forward pass's and autograd's
 
 
-def cublas_workspaces(kind: str) -> int:
-    """Bytes on a device of one of KINDS; CUBLAS_WORKSPACE_CONFIG (":KIB:COUNT", repeated) counts where it is set."""
-    asked = os.environ.get("CUBLAS_WORKSPACE_CONFIG", "")
+def cublas_workspaces(kind: str, deterministic: bool = False) -> int:
+    """Bytes on a device of one of KINDS; CUBLAS_WORKSPACE_CONFIG (":KIB:COUNT", repeated) counts where it is set, and
+    what a `deterministic` run sets it to where it is not.
+    """
+    asked = os.environ.get("CUBLAS_WORKSPACE_CONFIG") or (DETERMINISTIC if deterministic else "")
     numbers = [int(word) for word in asked.split(":") if word.isdigit()]
     if kind != "cpu" and numbers and len(numbers) % 2 == 0:
         each = sum(size * count * 1024 for size, count in zip(numbers[::2], numbers[1::2], strict=True))

@@ -35,7 +35,7 @@ class Meter:
 
     def __init__(self, device):
         self.gauge = Gauge(device)
-        self.peaks = dict.fromkeys(MOMENTS, 0)
+        self.peaks, self.reserved = dict.fromkeys(MOMENTS, 0), None  # reserved: CUDA's most, of the device, so far
         self.moment, self._engine, self._looks = "initialize", None, 0
         self._last = None  # of the engine's categories: those at the last closer look, and those held between steps
         self._high, self._gradients, self._follows = 0, {}, False  # gradients: storage -> (weak reference, bytes)
@@ -54,6 +54,9 @@ class Meter:
 
     def enter(self, moment: str) -> None:
         """What follows belongs to `moment`."""
+        reserved = self.gauge.reserved()
+        if reserved is not None:
+            self.reserved = max(reserved, self.reserved or 0)
         self.peaks[self.moment] = max(self.peaks[self.moment], self.gauge.most(reset=True))
         self.moment = moment
 

@@ -67,7 +67,7 @@ class UnitUpdate:
     partitions: list[torch.Tensor]  # (partition,), float32 or as the weights
     owned: list[torch.Tensor]  # (partition,), as the weights
     side_stream = None  # where reductions and steps run beside the backward pass
-    AHEAD = 2  # units whose updates may be queued: what they hold is not given back before the side stream has come by
+    AHEAD = 2  # units that may be queued: what they hold is not given back before the side stream has come by
 
     def start_units(self, clipping: str) -> None:
         """Cut the partitions into pieces, which the optimizer steps, and group the groups into units."""
@@ -82,7 +82,7 @@ class UnitUpdate:
             name = unit_of(self.optimizer.param_groups[self.group_of(i)])
             units.setdefault(name, Unit(name)).groups.append(i)
         self.units = list(units.values())
-        self._queued = deque()  # an event after each unit's update on the side stream
+        self._queued = deque()  # an event after each unit's work on the side stream
         for unit in self.units:
             self._await_all(unit)
         self._unit_of = {i: unit for unit in self.units for i in unit.groups}
@@ -140,10 +140,14 @@ class UnitUpdate:
             parameter.grad = None
         unit.missing.remove(parameter)
         if not unit.missing:
+            if len(self._queued) == self.AHEAD:
+                self._queued.popleft().synchronize()
             if self.world > 1:
                 self._reduce(unit)
             if self.is_gradient_accumulation_boundary():
                 self._update(unit)
+            if self.side_stream is not None:
+                self._queued.append(self.side_stream.record_event())
 
     def close_micro_batch(self) -> None:
         """Before the next forward: reduce what came of units in which not every parameter got a gradient."""
@@ -238,8 +242,6 @@ class UnitUpdate:
     @torch.no_grad()
     def _update(self, unit: Unit) -> None:
         """Clip, step and free a unit, group by group."""
-        if len(self._queued) == self.AHEAD:
-            self._queued.popleft().synchronize()
         with self._beside():
             gradients = {i: self._gradients(i) for i in unit.groups}
             scale = self.clipping.coefficient([gradient for i in unit.groups for gradient in gradients[i]])
@@ -257,8 +259,6 @@ class UnitUpdate:
                     self.owned[i].copy_(self.partitions[i])
             if isinstance(self.optimizer, BlockwiseAdam):
                 self.optimizer.gradient_scale = None
-            if self.side_stream is not None:
-                self._queued.append(self.side_stream.record_event())
         unit.stepped = True
 
     def _gradients(self, i: int) -> list[torch.Tensor]:

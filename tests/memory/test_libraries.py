@@ -26,3 +26,5 @@ def test_the_estimate_counts_them_where_a_device_is_named(monkeypatch):
     assert "libraries" not in plain.bytes and on_gpu.bytes["libraries"] == 2 << 25
     assert on_gpu.moments["backward"] - plain.moments["backward"] == 2 << 25
     assert kind_of("cpu") == "cpu"
+    fixed = load("ds_configs/llama_60m.json", ["sltrain.deterministic=true"], world_size=1, check_files=False)
+    assert estimate(fixed, device="a100").bytes["libraries"] == 2 << 25

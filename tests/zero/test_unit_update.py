@@ -166,13 +166,17 @@ def test_what_is_kept_has_the_weights_dtype_however_it_is_sent(play):
     assert all(torch.equal(own, torch.ones_like(own)) for own in zero.reduced.values())
 
 
-def test_the_cpu_runs_no_more_than_two_updates_ahead(play):
+@pytest.mark.parametrize("accumulates", [False, True])
+def test_the_cpu_runs_no_more_than_two_units_ahead(play, accumulates):
     zero, log = play(on_side=True)
-    for _ in range(4):
+    for i in range(4):
+        zero.boundary = not accumulates or i == 3
         backward(zero)
-        zero.step_units()
+        if zero.boundary:
+            zero.step_units()
+        else:
+            zero.close_micro_batch()
     waits = [line for line in log if line.startswith("CPU")]
     assert waits == ["CPU waits for update 0", "CPU waits for update 1"]
-    assert (
-        log.index(waits[0]) > [i for i, line in enumerate(log) if line == "step on side"][3]
-    )  # two units of two groups
+    reduced = [i for i, line in enumerate(log) if line == "reduce on side"]  # two groups of a unit
+    assert reduced[3] < log.index(waits[0]) < reduced[4]
