@@ -45,11 +45,14 @@ __device__ __forceinline__ void store_some(T* to, int count, const Eight<T>& eig
   }
 }
 
-__device__ __forceinline__ void round_parameter(bool, const BlockNoise&, uint32_t, float x, float& to) { to = x; }
+template <bool kStochastic>
+__device__ __forceinline__ void round_parameter(const BlockNoise&, uint32_t, float x, float& to) {
+  to = x;
+}
 
-__device__ __forceinline__ void round_parameter(bool stochastic, const BlockNoise& noise, uint32_t i, float x,
-                                                BFloat16& to) {
-  to.bits = to_bf16(x, stochastic ? rounding_noise(noise, i) : nearest_even(x));
+template <bool kStochastic>
+__device__ __forceinline__ void round_parameter(const BlockNoise& noise, uint32_t i, float x, BFloat16& to) {
+  to.bits = to_bf16(x, kStochastic ? rounding_noise(noise, i) : nearest_even(x));
 }
 
 __device__ __forceinline__ uint32_t magnitude_of(float x) { return bits_of(x) & 0x7FFFFFFFu; }
@@ -80,7 +83,8 @@ static_assert(sizeof(AdamLaunch) <= 4096, "kernel parameters");
 
 // Format: kWords of tables, Element (what a moment is stored as), Packed (a lane's of one moment), kBytes (that it moves
 // at once) and what is called here.
-template <typename Format, typename P, typename G>
+// kStochastic is known when it is compiled: a choice at every element would cost as much as the noise.
+template <typename Format, typename P, typename G, bool kStochastic>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     adam_kernel(const __grid_constant__ AdamLaunch launch) {
   __shared__ uint32_t table[Format::kWords > 0 ? Format::kWords : 1];
@@ -129,7 +133,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
       v[k] = Format::widen_v(table, packed_v, k, count, old_v);
       float x = widen(parameter.at[k]);
       adam_update(s, grad_scale, widen(gradient.at[k]), x, m[k], v[k]);
-      round_parameter(s.stochastic, noise, static_cast<uint32_t>(lane * kEach + k), x, parameter.at[k]);
+      round_parameter<kStochastic>(noise, static_cast<uint32_t>(lane * kEach + k), x, parameter.at[k]);
       largest_m = magnitude_of(m[k]) > largest_m ? magnitude_of(m[k]) : largest_m;
       largest_v = magnitude_of(v[k]) > largest_v ? magnitude_of(v[k]) : largest_v;
     }
@@ -226,7 +230,12 @@ int step_all(int p_dtype, int g_dtype, const sltrain_adam_tensor* tensors, int64
         }
         if (filled == 0) continue;
         launch.blocks = static_cast<int32_t>(blocks);
-        SLTRAIN_LAUNCH((adam_kernel<Format, P, G>), grid_size(device, blocks), kThreads, stream, launch);
+        const int64_t grid = grid_size(device, blocks);
+        if (std::is_same_v<P, BFloat16> && launch.step.stochastic) {
+          SLTRAIN_LAUNCH((adam_kernel<Format, P, G, std::is_same_v<P, BFloat16>>), grid, kThreads, stream, launch);
+        } else {
+          SLTRAIN_LAUNCH((adam_kernel<Format, P, G, false>), grid, kThreads, stream, launch);
+        }
         const cudaError_t error = cudaGetLastError();
         if (error != cudaSuccess) return static_cast<int>(error);
       }
