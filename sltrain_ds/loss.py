@@ -48,8 +48,11 @@ def use_chunked_loss(model) -> None:
         def head_forward(self, hidden, targets=None, inverse=1.0):
             if targets is None:
                 return linear(hidden)
+            weight = self.weight
+            if not torch.is_grad_enabled():  # a Function is not told, and would form gradients that nobody asks for
+                hidden, weight = hidden.detach(), weight.detach()
             chunked = _FormedInForward if _at_once(hidden) else _ChunkedCrossEntropy
-            return chunked.apply(hidden, self.weight, targets, inverse)
+            return chunked.apply(hidden, weight, targets, inverse)
 
         head.forward = types.MethodType(head_forward, head)
 

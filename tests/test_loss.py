@@ -59,9 +59,11 @@ def test_gradients_formed_in_forward_serve_once_and_cost_nothing_without_a_backw
     chunked = model("llama")
     loss.use_chunked_loss(chunked)
     ids = torch.randint(300, (2, 16))
-    with torch.no_grad():
-        assert not chunked(input_ids=ids, labels=ids).loss.requires_grad
+    with torch.no_grad(), monkeypatch.context() as without:
+        without.setattr(torch, "mm", lambda *args, **options: pytest.fail("a gradient is formed in an evaluation"))
+        evaluated = chunked(input_ids=ids, labels=ids).loss
     value = chunked(input_ids=ids, labels=ids).loss
+    assert torch.equal(evaluated, value)
     value.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="one backward pass"):
         value.backward()

@@ -3,11 +3,14 @@
 What is compared is the median, over the rounds, of the ratio of two times of the same round.
 """
 
+import math
 import statistics
 import time
 from collections.abc import Callable
 
 import torch
+
+CUDA_BURST = 0.02  # seconds: short of it, what starts and ends a measurement counts
 
 
 def interleave(
@@ -21,13 +24,18 @@ def interleave(
     """Seconds of a call of each run, a list of equal length for each: one time a round, every round runs them all.
 
     Rounds end at `rounds`, or after `seconds` but not before `least`. Each run is called twice before (the first call
-    allocates, the second tells how many calls make a measurement of at least `burst` seconds). The order turns by one
-    place a round, so that nobody always follows the same neighbour.
+    allocates, the second tells how many calls make a measurement of about `burst` seconds). On CUDA that is
+    CUDA_BURST or more, and told by a burst of its own: a lone call is mostly waiting. The order turns by one place a
+    round, so that nobody always follows the same neighbour.
     """
-    calls = {}
+    calls, cuda = {}, torch.device(device).type == "cuda"
+    if cuda:
+        burst = max(burst, CUDA_BURST)
     for name, run in runs.items():
         _timed(run, 1, device)
-        calls[name] = max(1, round(burst / max(_timed(run, 1, device), 1e-9)))
+        calls[name] = 1
+        for _ in range(1 + cuda):
+            calls[name] = max(1, math.ceil(burst / max(_timed(run, calls[name], device), 1e-9)))
     names, times = list(runs), {name: [] for name in runs}
     began = time.perf_counter()
     for done in range(rounds):

@@ -16,7 +16,8 @@ from sltrain_ds.methods import SLTrainLinear
 from sltrain_ds.ops import sparse, support
 
 COLUMNS = ["layer", "dtype", "operator", "non-zeros", "ms", "ns a non-zero", "MB to touch", "GB/s", "of a copy's"]
-SECTOR = {"cpu": 64, "cuda": 32}  # bytes that memory moves at least
+# bytes that memory moves at least; a GPU's caches ask for 32, its memory may answer with 64
+SECTORS = {"cpu": (64,), "cuda": (32, 64)}
 BEYOND_CACHES = 2.5e8  # bytes of W to go through in turn, so that none is found in a cache
 
 
@@ -55,19 +56,26 @@ def measure(shape, dtype: str, device, rounds=15, seconds=10.0) -> dict:
     if torch.device(device).type == "cpu":
         runs["draw"] = lambda: support.sample(out, in_, nnz, 0, "bench")
     times = interleave(runs, rounds, seconds, device)
-    sectors = sectors_touched(rows, columns, in_, kind.itemsize, SECTOR[torch.device(device).type])
     index = sum(part.numel() * part.element_size() for part in (rows, columns))
-    moved = {
-        "scatter": 2 * sectors + index + nnz * kind.itemsize,
-        "gather": sectors + index + nnz * kind.itemsize,
-        "copy of W": 2 * size,
-    }
-    calls = dict.fromkeys(moved, len(weights))
-    operators = {
-        name: {"times": [t / calls.get(name, 1) for t in found], "bytes": moved.get(name)}
-        for name, found in times.items()
-    }
+    first, *others = SECTORS[torch.device(device).type]
+    moved = {"copy of W": 2 * size}
+    for sector in (first, *others):
+        touched = sectors_touched(rows, columns, in_, kind.itemsize, sector)
+        for name, passes in (("scatter", 2), ("gather", 1)):
+            moved[_by(name, sector, first)] = passes * touched + index + nnz * kind.itemsize
+    operators = {}
+    for name, found in times.items():
+        calls = len(weights) if name in moved else 1
+        each = [t / calls for t in found]
+        operators[name] = {"times": each, "bytes": moved.get(name)}
+        for sector in others:
+            if (label := _by(name, sector, first)) in moved:
+                operators[label] = {"times": each, "bytes": moved[label]}
     return {"out": out, "in": in_, "density": shape.density, "nnz": nnz, "dtype": dtype, "operators": operators}
+
+
+def _by(name, sector, first):
+    return name if sector == first else f"{name}, {sector}-byte sectors"
 
 
 def sectors_touched(rows, columns, in_features: int, itemsize: int, sector: int) -> int:

@@ -6,6 +6,7 @@ reason is printed once. Calls go to the current stream and wait for nothing. The
 csrc/bindings*.cpp too, so ``torch.ops.sltrain`` dispatches CUDA tensors to them.
 """
 
+import _ctypes
 import ctypes
 import os
 import struct
@@ -35,10 +36,12 @@ def status() -> tuple[bool, str]:
         return False, "torch sees no CUDA device"
     if builder.forced():
         return False, "SLTRAIN_OPS=reference"
-    found = [path for path in (cuda_build.prebuilt(), _cached()) if path.is_file()]
-    if not found and cuda_build.nvcc() is None:
-        return False, f"no {cuda_build.LIBRARY} was built ahead of time and nvcc was not found"
-    return True, str(found[0] if found else _cached())
+    found = {path: misfit(path) for path in (cuda_build.prebuilt(), _cached()) if path.is_file()}
+    fitting = [path for path, problem in found.items() if problem is None]
+    if fitting or cuda_build.nvcc():
+        return True, str(fitting[0] if fitting else _cached())
+    refused = "; ".join(f"{path} is not used: {problem}" for path, problem in found.items())
+    return False, f"{refused or f'no {cuda_build.LIBRARY} was built ahead of time'}, and nvcc was not found"
 
 
 def supports(*tensors: torch.Tensor) -> bool:
@@ -171,7 +174,8 @@ def _find():
         problem = misfit(path)
         if problem is None:
             return _probed(Kernels(path), path)
-        print(f"sltrain-ds: {path} is not used: {problem}; launch/build_cuda.sh builds it anew", flush=True)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"sltrain-ds: {path} is not used: {problem}; launch/build_cuda.sh builds it anew", flush=True)
     try:
         path = _build()
     except Exception as error:  # whatever a compiler can do wrong
@@ -182,10 +186,33 @@ def _find():
 def misfit(path: Path) -> str | None:
     """Why a library is not ours to call, or None. Its digest is read before anything else of it is looked up: one of
     older sources need not have today's functions, nor these their arguments."""
+    if not _is_whole(path):
+        return "it is no whole ELF file"
     try:
-        sources = ctypes.CDLL(str(path)).sltrain_cuda_sources
+        library = ctypes.CDLL(str(path))
     except OSError as error:
         return f"it does not load ({error})"
+    problem = _foreign(library)
+    if problem:
+        _ctypes.dlclose(library._handle)  # else the loader would give it again for what is built in its place
+    return problem
+
+
+def _is_whole(path):
+    """Whether a 64-bit ELF file has its section headers, which linkers write last: loading one that was cut off kills
+    the process.
+    """
+    with open(path, "rb") as file:
+        head = file.read(64)
+    if len(head) < 64 or head[:5] != b"\x7fELF\x02":
+        return False
+    (sections,), (size, count) = struct.unpack_from("<Q", head, 40), struct.unpack_from("<2H", head, 58)
+    return sections + size * count <= path.stat().st_size
+
+
+def _foreign(library):
+    try:
+        sources = library.sltrain_cuda_sources
     except AttributeError:
         return "it does not say what it was built from"
     sources.restype = ctypes.c_char_p
@@ -209,7 +236,7 @@ def _build() -> Path:
     """One process builds, the others wait and find the result."""
     target = _cached()
     with build_lock.exclusive(target.parent):
-        if not target.is_file():
+        if not target.is_file() or misfit(target):
             print("sltrain-ds: building the CUDA kernels (once, about 20 s)", flush=True)
             cuda_build.build(target)
     return target

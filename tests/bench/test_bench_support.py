@@ -3,6 +3,7 @@ import json
 import pytest
 
 from sltrain_ds.bench import support as bench
+from sltrain_ds.bench.op import Shape
 from sltrain_ds.cli import main
 from sltrain_ds.ops import support
 
@@ -38,6 +39,18 @@ def test_bench_support_measures_and_leaves_nothing_wrong(tmp_path, capsys, monke
     for case in cases:
         assert set(case["operators"]) == {"scatter", "gather", "copy of W", "draw"} and case["nnz"] == 38
         assert all(min(found["times"]) > 0 for found in case["operators"].values())
+
+
+def test_a_gpus_bytes_are_told_by_both_sizes_of_sectors(monkeypatch):
+    monkeypatch.setattr(bench, "BEYOND_CACHES", 1e5)
+    monkeypatch.setitem(bench.SECTORS, "cpu", bench.SECTORS["cuda"])
+    shape = Shape(20, 72, 4, 0.1)
+    found = bench.measure(shape, "bf16", "cpu", rounds=1)["operators"]
+    rows, columns = support.sample(20, 72, 144, 0, "bench")
+    for name, passes in (("scatter", 2), ("gather", 1)):
+        narrow, wide = found[name], found[f"{name}, 64-byte sectors"]
+        by_32, by_64 = (bench.sectors_touched(rows, columns, 72, 2, sector) for sector in (32, 64))
+        assert wide["times"] == narrow["times"] and wide["bytes"] - narrow["bytes"] == passes * (by_64 - by_32) > 0
 
 
 def test_a_models_supports_are_drawn_as_its_layers_draw_them(capsys, monkeypatch):

@@ -217,25 +217,75 @@ def test_without_a_cuda_device_pytorch_serves_and_says_so_once(monkeypatch, caps
     assert out == "sltrain-ds: PyTorch serves in place of the CUDA kernels: torch sees no CUDA device\n"
 
 
-def test_a_library_of_other_sources_is_left_alone(kernels, monkeypatch, tmp_path, capsys):
-    """What was built ahead of time from older sources is not used; the next in line is."""
+@pytest.fixture
+def gpu(monkeypatch, tmp_path):
+    """As on a machine with a GPU and nvcc, where nothing has been built; the name of the library in the cache."""
     monkeypatch.setattr(cuda, "_state", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(cuda, "_register", lambda kernels: None)
-    monkeypatch.setattr(cuda, "_cached", lambda: tmp_path / "none" / "lib.so")
-    host_library = Path(kernels._library._name)
-    monkeypatch.setattr(cuda_build, "prebuilt", lambda: host_library)
+    cached = tmp_path / "cache" / "lib.so"
+    cached.parent.mkdir()
+    monkeypatch.setattr(cuda, "_cached", lambda: cached)
+    monkeypatch.setattr(cuda_build, "prebuilt", lambda: tmp_path / "prebuilt.so")
+    monkeypatch.setattr(cuda_build, "nvcc", lambda: "nvcc")
+    monkeypatch.setattr(cuda_build, "digest", lambda: "host")  # what the fixture `kernels` was built from
+    return cached
 
-    def no_compiler(target):
-        raise RuntimeError("nvcc was not found\nmore")
 
-    monkeypatch.setattr(cuda_build, "build", no_compiler)
-    assert not cuda.load() and cuda.status() == (False, "nvcc was not found")
-    assert "was built from other sources; launch/build_cuda.sh builds it anew" in capsys.readouterr().out
+def library_of(source: str, target: Path) -> None:
+    """A library that knows none of our functions but what `source` says."""
+    target.with_suffix(".c").write_text(source)
+    compiler = shutil.which("cc") or shutil.which("gcc") or pytest.skip("needs a C compiler")
+    subprocess.run([compiler, "-shared", "-fPIC", str(target.with_suffix(".c")), "-o", str(target)], check=True)
+
+
+FOREIGN = {
+    "older": ('const char* sltrain_cuda_sources() { return "older"; }', "it was built from other sources"),
+    "someone else's": ("int other() { return 0; }", "it does not say what it was built from"),
+    "cut off": (None, "it is no whole ELF file"),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+@pytest.mark.parametrize("place", ["prebuilt", "cached"])
+def test_a_foreign_library_is_named_once_and_built_anew(kernels, gpu, monkeypatch, capsys, kind, place):
+    source, problem = FOREIGN[kind]
+    path = gpu if place == "cached" else cuda_build.prebuilt()
+    if source is None:
+        path.write_bytes(Path(kernels._library._name).read_bytes()[:5000])
+    else:
+        library_of(source, path)
+
+    def build(target):  # puts the file in its place in one step, as the true one does
+        shutil.copy(kernels._library._name, target.with_name("new"))
+        os.replace(target.with_name("new"), target)
+
+    monkeypatch.setattr(cuda_build, "build", build)
+    assert cuda.status() == (True, str(gpu))  # what will serve
+    assert cuda.load() and cuda.load() and cuda.status() == (True, str(gpu))
+    out = capsys.readouterr().out
+    assert out.count("is not used") == 1 and f"{path} is not used: {problem}" in out
+    assert cuda._state[0].sources() == "host"
+
+
+def test_without_nvcc_a_foreign_library_leaves_the_work_to_pytorch(gpu, monkeypatch, capsys):
+    library_of(FOREIGN["older"][0], cuda_build.prebuilt())
+    monkeypatch.setattr(cuda_build, "nvcc", lambda: None)
+    why = f"{cuda_build.prebuilt()} is not used: it was built from other sources, and nvcc was not found"
+    assert cuda.status() == (False, why) and not cuda.load() and not cuda.load()
+    assert capsys.readouterr().out == f"sltrain-ds: PyTorch serves in place of the CUDA kernels: {why}\n"
+
+
+def test_a_library_of_these_sources_serves_and_a_failed_build_does_not(kernels, gpu, monkeypatch):
+    def fails(target):
+        raise RuntimeError("nvcc failed: no space\nmore")
+
+    monkeypatch.setattr(cuda_build, "build", fails)
+    assert not cuda.load() and cuda.status() == (False, "nvcc failed: no space")
     monkeypatch.setattr(cuda, "_state", None)
-    monkeypatch.setattr(cuda_build, "digest", lambda: "host")
-    assert cuda.load() and cuda.status() == (True, str(host_library))
+    shutil.copy(kernels._library._name, cuda_build.prebuilt())
+    assert cuda.load() and cuda.status() == (True, str(cuda_build.prebuilt()))
 
 
 def test_the_dispatcher_takes_the_kernels(kernels, monkeypatch):
