@@ -146,7 +146,7 @@ class _FormedInForward(torch.autograd.Function):
             if not (need_hidden or need_weight):
                 continue
             wide.sub_(norm).exp_()
-            wide.scatter_add_(1, at, wide.new_full((), -1.0).expand_as(at))
+            wide[torch.arange(len(target), device=target.device), at.squeeze(1)] -= 1.0  # also where only deterministic
             d_logits = wide.mul_((kept * inverse).unsqueeze(1)).to(weight.dtype)
             del wide
             if need_hidden:
