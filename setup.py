@@ -42,7 +42,7 @@ setup(
     package_dir={"sltrain_ds.csrc": "csrc"},
     package_data={
         "sltrain_ds.csrc": ["*.cpp", "*.h", "cuda/*"],
-        "sltrain_ds": ["data/*.xz", "config/*.json", "ops/*.json", "ops/libsltrain_cuda.so"],
+        "sltrain_ds": ["data/*.xz", "config/*.json", "ops/libsltrain_cuda.so"],
     },
     # the CUDA library fits every Python and torch, but one kind of machine
     options={"bdist_wheel": {"plat_name": sysconfig.get_platform()}} if os.path.exists(LIBRARY) else {},

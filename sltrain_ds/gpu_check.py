@@ -102,7 +102,7 @@ def parts(gpu: bool, scale: float = 1.0) -> list[Part]:
             needs="compute-sanitizer", fails_on=SKIPPED,
         ),
         Part(
-            "verify", "equality, supports, resume, estimate against measured", 150,
+            "verify", "equality, supports, resume, estimate against measured", 300,
             (sys.executable, "-m", "sltrain_ds.verify", "--ranks", "1"),
         ),
     ]  # fmt: skip

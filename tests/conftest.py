@@ -5,10 +5,12 @@ import lzma
 import os
 import socket
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 from ranks import ROOT, launch
+from torch.utils import cpp_extension
 
 CORPUS = ROOT / "sltrain_ds" / "data" / "austen.txt.xz"
 
@@ -18,6 +20,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
 # the venv's ninja, whichever python was called: another version's log would have every op compiled anew
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+# measured times of the modes: of this test run alone, its ranks' too; where torch keeps its builds stays
+_cache = tempfile.TemporaryDirectory(prefix="sltrain_cache_")
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", cpp_extension._get_build_directory("", False))
+os.environ["XDG_CACHE_HOME"] = _cache.name
 
 
 @pytest.fixture(scope="session")
@@ -78,6 +84,7 @@ def tiny_config(tiny, tmp_path):
                     }
                 },
                 "method": {"name": "sltrain", "rank": 8, "density": 0.05, "alpha": 16},
+                "op_mode": "factored",  # not what is measured: runs are compared with one another
                 "tokenizer": str(tiny["tokenizer"]),
                 "data": {"dir": str(tiny["data"]), "sequence_length": 32},
                 "steps": 5,

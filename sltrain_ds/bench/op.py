@@ -1,8 +1,9 @@
 """One layer, forward and backward: dense nn.Linear, the naive operator and every mode, side by side."""
 
 import copy
-import math
 import re
+import statistics
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -17,12 +18,13 @@ from sltrain_ds.config.presets import PRESETS
 from sltrain_ds.errors import UserError
 from sltrain_ds.memory.paper import RECIPES
 from sltrain_ds.methods import SLTrainLinear
+from sltrain_ds.ops import measure_modes, support, workspace
 from sltrain_ds.ops import modes as modes_
-from sltrain_ds.ops import support, workspace
+from sltrain_ds.ops.measure_modes import Layer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 COLUMNS = [
-    "layer", "tokens", "dtype", "operator", "rounds", "ms", "x naive's speed", "x dense's time",
+    "layer", "tokens", "dtype", "operator", "rounds", "ms", "x naive's speed", "x dense's time", "x best mode",
     "saved MB", "beyond x and parameters", "peak MB",
 ]  # fmt: skip
 
@@ -52,23 +54,35 @@ def measure(shape: Shape, tokens: int, dtype: str, device, modes, rounds=15, sec
     """A case: the shape and, by operator, its `times` (seconds, paired by position) and bytes."""
     x, dy = inputs(shape, tokens, device=device, dtype=DTYPES[dtype])
     layers = build(shape, modes, device=device, dtype=DTYPES[dtype])
-    if "auto" in layers:  # one layer, with memory to spare: keep is a choice
-        layers["auto"].op_mode = cheapest(shape, tokens, dtype, device)
+    chosen_in = None
+    if "auto" in layers:
+        layers["auto"].op_mode, chosen_in = fastest(shape, tokens, dtype, device)
     passes = {name: one_pass(layer, x, dy) for name, layer in layers.items()}
     times = interleave(passes, rounds, seconds, device)
     operators = {
         name: {"times": times[name], "mode": getattr(layer, "current_mode", None), **_bytes(layer, passes[name], x)}
         for name, layer in layers.items()
     }
+    if chosen_in is not None:
+        operators["auto"]["chosen_in"] = chosen_in
     case = {"out": shape.out_features, "in": shape.in_features, "rank": shape.rank, "density": shape.density}
     return {**case, "tokens": tokens, "dtype": dtype, "operators": operators}
 
 
-def cheapest(shape: Shape, tokens: int, dtype: str, device) -> str:
-    """The mode that auto takes where memory does not matter."""
+def fastest(shape: Shape, tokens: int, dtype: str, device) -> tuple[str, float]:
+    """The mode that auto takes where memory does not matter, and the seconds that it took to measure it, never cached.
+
+    One micro-batch, without activation checkpointing.
+    """
     nnz = support.nnz_of(shape.density, shape.out_features, shape.in_features)
-    sizes = (shape.out_features, shape.in_features, shape.rank, nnz, tokens)
-    return modes_.choose(*sizes, DTYPES[dtype], torch.device(device).type, keep_bytes=math.inf)
+    began = time.perf_counter()
+    layer = Layer(
+        shape.out_features, shape.in_features, shape.rank, nnz, tokens, dtype=DTYPES[dtype], device=str(device)
+    )
+    times = measure_modes.measure(layer, measure_modes.candidates(device, keep=True))
+    one = {"it": 1}
+    mode = modes_.plan({"it": times}, one, lambda *_: 1, lambda _: True)["it"]
+    return mode, time.perf_counter() - began
 
 
 def inputs(shape: Shape, tokens: int, **factory) -> tuple[torch.Tensor, torch.Tensor]:
@@ -91,17 +105,24 @@ def build(shape: Shape, modes, **factory) -> dict[str, nn.Module]:
 
 
 def table_rows(case: dict) -> list[list]:
-    """A row an operator: median ms, its speed in the naive one's, its time in the dense one's, MB."""
+    """A row an operator: median ms, its speed in the naive one's, its time in dense's and in the best mode's, MB.
+
+    auto's time in the best mode's is that of the mode it chose, where the table has that.
+    """
     operators, rows = case["operators"], []
     naive, dense = operators["naive"]["times"], operators["dense"]["times"]
     ones = [1.0] * len(naive)
+    of_modes = {name: found["times"] for name, found in operators.items() if name in modes_.MODES}
+    best = min(of_modes.values(), key=statistics.median, default=None)
     for name, found in operators.items():
         times = found["times"]
+        own = of_modes.get(found["mode"] if name == "auto" else name, times if name == "auto" else None)
         if name == "auto":
             name += f": {found['mode']}"
         rows.append([
             f"{case['out']}x{case['in']} r{case['rank']} d{case['density']:g}", case["tokens"], case["dtype"], name,
             len(times), 1e3 * ratio(times, ones), ratio(naive, times), ratio(times, dense),
+            None if best is None or own is None else ratio(own, best),
             *(megabytes(found[key]) for key in ("saved", "saved_beyond", "peak")),
         ])  # fmt: skip
     return rows

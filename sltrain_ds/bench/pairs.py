@@ -10,6 +10,8 @@ from collections.abc import Callable
 
 import torch
 
+from sltrain_ds.ops import timing
+
 CUDA_BURST = 0.02  # seconds: short of it, what starts and ends a measurement counts
 
 
@@ -32,10 +34,10 @@ def interleave(
     if cuda:
         burst = max(burst, CUDA_BURST)
     for name, run in runs.items():
-        _timed(run, 1, device)
+        timing.seconds(run, 1, device)
         calls[name] = 1
         for _ in range(1 + cuda):
-            calls[name] = max(1, math.ceil(burst / max(_timed(run, calls[name], device), 1e-9)))
+            calls[name] = max(1, math.ceil(burst / max(timing.seconds(run, calls[name], device), 1e-9)))
     names, times = list(runs), {name: [] for name in runs}
     began = time.perf_counter()
     for done in range(rounds):
@@ -43,24 +45,10 @@ def interleave(
             break
         turn = done % len(names)
         for name in names[turn:] + names[:turn]:
-            times[name].append(_timed(runs[name], calls[name], device))
+            times[name].append(timing.seconds(runs[name], calls[name], device))
     return times
 
 
 def ratio(numerator: list[float], denominator: list[float]) -> float:
     """Median of the ratios of paired times."""
     return statistics.median(a / b for a, b in zip(numerator, denominator, strict=True))
-
-
-def _timed(run, calls: int, device) -> float:
-    _wait(device)
-    began = time.perf_counter()
-    for _ in range(calls):
-        run()
-    _wait(device)
-    return (time.perf_counter() - began) / calls
-
-
-def _wait(device):
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)

@@ -12,6 +12,7 @@ import torch
 
 from sltrain_ds import __version__
 from sltrain_ds.files import write_json, write_text
+from sltrain_ds.ops.device_name import device_name
 
 WIDTHS = {
     "layer": 24,
@@ -81,7 +82,7 @@ def environment(device) -> dict:
         builder.load()
         kernels = ("CUDA" if cuda.load() else "no CUDA") if device.type == "cuda" else builder.status()[0]
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "device": device_name(device),
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 1),
@@ -101,14 +102,6 @@ def describe(found: dict) -> str:
     where = f"{found['device']}, {found['cores']} cores, {found['threads']} threads, load {found['load']} at the start"
     level = f", CPU level {found['cpu_level']}" if found["cpu_level"] else ""
     return f"`{found['command']}`\n{where}; {versions}, ops {found['ops']}{level}"
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _version(package: str) -> str | None:

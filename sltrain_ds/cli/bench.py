@@ -18,11 +18,6 @@ def add_parser(subparsers):
     op.add_argument("--dtypes", default="fp32,bf16")
     op.add_argument("--modes", help="default: all there are")
     op.add_argument("--density", type=float, help="instead of each shape's own")
-    op.add_argument(
-        "--calibrate",
-        action="store_true",
-        help="fit auto's cost model to this machine (or to the --shapes and --tokens given); writes op_constants.json",
-    )
     _common(op)
 
     step = benches.add_parser("step", help="whole training steps: full-rank, SLTrain, SLTrain on the naive operator")
@@ -88,8 +83,6 @@ def _op(args, device):
     from sltrain_ds.bench import op
     from sltrain_ds.ops.modes import MODES
 
-    if args.calibrate:
-        return _calibrate(args, device)
     op.bench(
         op.parse_shapes(args.shapes or SHAPES, args.density),
         _numbers("--tokens", args.tokens or TOKENS),
@@ -97,21 +90,6 @@ def _op(args, device):
         _names("--modes", args.modes, ("auto", *MODES)) if args.modes else ("auto", *MODES),
         device, args.pairs, args.seconds, args.out,
     )  # fmt: skip
-
-
-def _calibrate(args, device):
-    from sltrain_ds.bench import calibrate, op
-    from sltrain_ds.files import write_json
-
-    grid = None
-    if args.shapes or args.tokens:
-        tokens = _numbers("--tokens", args.tokens or TOKENS)
-        grid = [(shape, n) for shape in op.parse_shapes(args.shapes or SHAPES, args.density) for n in tokens]
-        if len(grid) < 6:
-            raise UserError(f"--calibrate: {len(grid)} sizes are too few to fit six constants a mode; give 6 or more")
-    path = (args.out or Path(".")) / "op_constants.json"
-    write_json(path, calibrate.calibrate(device, _names("--dtypes", args.dtypes, op.DTYPES), grid))
-    print(path)
 
 
 def _step(args, device):

@@ -229,19 +229,14 @@ class SLTrainBlock(Block):
     )
     op_mode: Annotated[Any, BeforeValidator(check_op_mode), WithJsonSchema(OP_MODE_SCHEMA)] = Field(
         "auto",
-        description='how an SLTrain layer computes, for all or by shape {"OUTxIN": mode}; auto: rank 0 chooses the '
-        "cheapest for each shape by a cost model, and the run keeps that",
+        description='how an SLTrain layer computes, for all or by shape {"OUTxIN": mode}; auto: rank 0 measures '
+        "what is fastest for each shape (deterministic: a fixed rule), and the run keeps that",
     )
     op_memory: float | None = Field(
         None,
         ge=0,
         description="GB on each rank that auto may spend on holding weights (keep, keep_step); null: half of what "
-        "`sltrain-ds estimate` leaves free, 0 with per_layer_update",
-    )
-    op_constants: str | None = Field(
-        None,
-        min_length=1,
-        description="the cost model's constants, from `sltrain-ds bench op --calibrate`; null: built in",
+        "`sltrain-ds estimate` leaves free; with per_layer_update what leaves the estimated peak as it is",
     )
     deterministic: bool = Field(False, description="only deterministic kernels")
     on_nonfinite: Literal["stop"] = Field("stop", description="at a loss or gradient that is not finite")

@@ -19,9 +19,6 @@ def check_files(block, fields):
     """
     for key, place in (("run_dir", block.run_dir), ("checkpoint.dir", block.checkpoint.dir)):
         _check_place(f"sltrain.{key}", Path(place))
-    if block.op_constants is not None and not Path(block.op_constants).is_file():
-        command = "`sltrain-ds bench op --calibrate --out DIR`"
-        raise UserError(_missing("sltrain.op_constants", Path(block.op_constants), command))
     tokenizer = Path(block.tokenizer)
     if not tokenizer.is_dir():
         raise UserError(_missing("sltrain.tokenizer", tokenizer, _TRAIN))

@@ -37,7 +37,7 @@ def from_dict(data, overrides=(), world_size=1, name="config.json", check_files=
     _top_level_keys(data)
     if not isinstance(data.pop("$schema", ""), str):
         raise UserError("$schema: must be a string, the path of sltrain.schema.json; it is for editors alone")
-    block = data.pop("sltrain")
+    block = refused.without_removed(data.pop("sltrain"))
     refused.refuse_removed(data)
     data = check(data, DEEPSPEED, "", whole_tree())
     data["optimizer"] = optimizer.check_optimizer(data)

@@ -59,6 +59,14 @@ _KEPT_DEFAULTS = {
     "data_types.buffer_dtype": ((None,), "would cast the rotary frequencies, which stay fp32; remove it"),
 }
 
+# of the sltrain block: key -> (what it was by default, why it is gone)
+_REMOVED_OF_BLOCK = {
+    "op_constants": (
+        None,
+        'is gone, since op_mode "auto" measures on the machine itself; remove it, or set op_mode to a mode',
+    ),
+}
+
 # of zero_optimization, what the per-layer update leaves no choice of
 _PER_LAYER_ZERO = {"reduce_scatter": True, "contiguous_gradients": True, "ignore_unused_parameters": True}
 
@@ -70,6 +78,16 @@ def refuse_removed(data):
         for key in keys:
             if isinstance(block, dict) and key in block:
                 raise UserError(f"{prefix}{key}: DeepSpeed has removed this feature; remove the key")
+
+
+def without_removed(block):
+    """The `sltrain` block without the keys that it had once, where they stand at what they were by default, as in the
+    files of older runs; UserError where they say anything else.
+    """
+    for key, (default, why) in _REMOVED_OF_BLOCK.items():
+        if key in block and block[key] != default:
+            raise UserError(f"sltrain.{key}: {why}")
+    return {key: value for key, value in block.items() if key not in _REMOVED_OF_BLOCK}
 
 
 def refuse_combinations(data, block):

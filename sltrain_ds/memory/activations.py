@@ -19,10 +19,13 @@ from sltrain_ds.memory.count import Model, Shape
 CHUNK_BYTES = 16 << 20  # of fp32 logits, as in loss.py
 
 
-def activations(model: Model, tokens: int, compute: int, checkpointing: bool, chunked: bool) -> int:
-    """Bytes at the start of the backward pass of `tokens` tokens; `compute`: bytes an element."""
+def activations(model: Model, tokens: int, compute: int, checkpointing: bool, chunked: bool, held: int = 0) -> int:
+    """Bytes at the start of the backward pass of `tokens` tokens; `compute`: bytes an element.
+
+    `held`: bytes of W that a block holds from forward to backward (op_mode "keep").
+    """
     s = model.shape
-    one = block(model, tokens, compute)
+    one = block(model, tokens, compute) + held
     last = head(s, tokens, compute) + loss(s, tokens, compute, chunked)
     if checkpointing:
         return s.layers * compute * tokens * s.hidden + max(one, last)

@@ -83,11 +83,12 @@ def _one(run, gpus: int, model: Model, device: str) -> Estimate:
     tokens = run.micro_batch_size * block.data.sequence_length
     checkpointing, chunked = block.model.activation_checkpointing != "none", block.loss == "chunked"
     model = _in_mode(model, block)
+    in_a_block, in_a_step = (n * settings.weight for n in _held_weights(model, block.op_mode))
     if block.per_layer_update:
-        on_gpu, active = held_per_layer(model, settings, tokens, checkpointing, chunked)
+        on_gpu, active = held_per_layer(model, settings, tokens, checkpointing, chunked, in_a_block)
     else:
         on_gpu = held(groups, settings)
-        active = activations(model, tokens, settings.weight, checkpointing, chunked)
+        active = activations(model, tokens, settings.weight, checkpointing, chunked, in_a_block)
     sizes = {
         "weights": on_gpu.weights,
         "index": sum(support.bytes for support in model.supports),
@@ -95,7 +96,7 @@ def _one(run, gpus: int, model: Model, device: str) -> Estimate:
         "masters": on_gpu.masters,
         "gradients": on_gpu.gradients,
         "buckets": on_gpu.buckets,
-        "activations": active + _kept_weights(model, block.op_mode, checkpointing) * settings.weight,
+        "activations": active + in_a_step,
         "workspace": model.workspace * settings.weight,
     }
     libraries = cublas_workspaces(device, block.deterministic)
@@ -119,16 +120,16 @@ def _in_mode(model: Model, block) -> Model:
     return replace(model, kept_width=model.kept_width + sum(c.layers * c.rank for c in factored), scores=scores)
 
 
-def _kept_weights(model: Model, op_mode, checkpointing: bool) -> int:
-    """Elements that "keep" holds from forward to backward, W, and "keep_step" through a step, W and dW."""
-    held = 0
+def _held_weights(model: Model, op_mode) -> tuple[int, int]:
+    """Elements that a block in "keep" holds from forward to backward, W, and all in "keep_step" in a step, W and dW."""
+    in_a_block = in_a_step = 0
     for shape, composed in model.composed.items():
         mode, every = _mode(op_mode, shape), composed.layers * composed.numel
         if mode == "keep":
-            held += every // model.shape.layers if checkpointing else every
+            in_a_block += every // model.shape.layers
         elif mode == "keep_step":
-            held += 2 * every
-    return held
+            in_a_step += 2 * every
+    return in_a_block, in_a_step
 
 
 def _mode(op_mode, shape: str) -> str:

@@ -31,15 +31,18 @@ class Unit:
     cast: int
 
 
-def held_per_layer(model: Model, s: zero.Settings, tokens: int, checkpointing: bool, chunked: bool):
-    """(`zero.Held`, activations) in bytes, gradients and activations at the backward pass's largest place."""
+def held_per_layer(model: Model, s: zero.Settings, tokens: int, checkpointing: bool, chunked: bool, of_W: int = 0):
+    """(`zero.Held`, activations) in bytes, gradients and activations at the backward pass's largest place.
+
+    `of_W`: bytes of W that a block holds from forward to backward (op_mode "keep").
+    """
     units = {name: _unit(groups, s) for name, groups in _by_unit(model).items()}
     parts = sum(sum(unit.parts.values()) for unit in units.values())
     sharded = parts if s.stage == 3 else parts * s.world
     largest = max(sum(unit.parts.values()) for unit in units.values()) * (1 if s.stage == 3 else s.world)
     whole, gathered = (0, 0) if s.stage != 3 else zero.gathered(model.tensors, s)
     accumulated = parts * s.weight if s.accumulation > 1 else 0
-    gradients, bucket, activations = _largest_place(model, units, s, tokens, checkpointing, chunked)
+    gradients, bucket, activations = _largest_place(model, units, s, tokens, checkpointing, chunked, of_W)
     if s.accumulation > 1 and s.world == 1:  # autograd adds into what is counted already
         gradients = max(t.numel for t in model.tensors) * s.weight
     held = zero.Held(
@@ -95,11 +98,11 @@ def _states(unit: Unit, s: zero.Settings) -> int:
     return total
 
 
-def _largest_place(model, units, s, tokens, checkpointing, chunked) -> tuple[int, int, int]:
+def _largest_place(model, units, s, tokens, checkpointing, chunked, of_W) -> tuple[int, int, int]:
     """(gradients, bucket, activations) where their sum is largest."""
     shape, c = model.shape, s.weight
     stream = c * tokens * shape.hidden
-    block = act.block(model, tokens, c)
+    block = act.block(model, tokens, c) + of_W
     inputs = shape.layers * (stream if checkpointing else block)
     block *= checkpointing  # what is recomputed
     loss = act.loss(shape, tokens, c, chunked)

@@ -126,12 +126,11 @@ class SLTrainLinear(MethodLinear):
         self.held = keep_step.Held() if mode == "keep_step" else None
 
     def _choose_mode(self, x):
-        """The mode of this layer from now on: a function of shapes, dtype and device, so the same on every rank."""
+        """The mode of this layer from now on, by the rule, not by the clock: the same on every rank."""
         if x.is_meta:
             return "compose"
         tokens = x.numel() // max(1, self.in_features)
-        sizes = (self.out_features, self.in_features, self.rank, self.nnz, tokens)
-        self.current_mode = modes.choose(*sizes, sltrain_linear.compute_dtype(x), x.device.type)
+        self.current_mode = modes.rule(self.out_features, self.in_features, tokens, x.device)
         return self.current_mode
 
     def forward(self, x):

@@ -27,3 +27,8 @@ def join(rank: int, world: int) -> None:
     torch.distributed.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # nothing is sent: not worth compiling
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
+
+
+def is_fake() -> bool:
+    """Whether this process plays its rank alone, so that no other tells it anything."""
+    return torch.distributed.is_initialized() and torch.distributed.get_backend() == "fake"

@@ -6,7 +6,6 @@ from sltrain_ds.bench import op
 from sltrain_ds.bench.op import Shape
 from sltrain_ds.cli import main
 from sltrain_ds.errors import UserError
-from sltrain_ds.ops import modes
 from sltrain_ds.ops.modes import MODES
 
 
@@ -15,13 +14,16 @@ def test_rows_hold_speed_against_naive_and_time_against_dense():
     operators = {
         "dense": {"times": [0.010, 0.020, 0.010], **sizes},
         "naive": {"times": [0.040, 0.060, 0.030], **sizes},
-        "compose": {"times": [0.020, 0.020, 0.020], **sizes},
+        "compose": {"times": [0.020, 0.020, 0.020], "mode": "compose", **sizes},
     }
     case = {"out": 3, "in": 2, "rank": 1, "density": 0.5, "tokens": 7, "dtype": "fp32", "operators": operators}
     operators["auto"] = {**operators["compose"], "mode": "compose"}
+    operators["keep"] = {"times": [0.010, 0.040, 0.016], "mode": "keep", **sizes}
     rows = {row[3]: row[5:] for row in op.table_rows(case)}
     assert rows["auto: compose"] == rows["compose"]
-    assert rows["compose"] == pytest.approx([20.0, 2.0, 2.0, 2.0, 0.0, 3.5])  # 2, 3, 1.5 and 2, 1, 2
+    # 2, 3, 1.5 and 2, 1, 2; of keep, whose median is less, 2, 0.5, 1.25
+    assert rows["compose"] == pytest.approx([20.0, 2.0, 2.0, 1.25, 2.0, 0.0, 3.5])
+    assert rows["keep"][3] == 1.0 and rows["dense"][3] is rows["naive"][3] is None
     assert rows["naive"][1] == 1.0 and rows["dense"][2] == 1.0
     assert rows["dense"][1] == pytest.approx(3.0)  # 4, 3, 3
 
@@ -63,7 +65,7 @@ def test_bench_op_prints_its_table_and_keeps_every_time(tmp_path, capsys):
         assert set(case["operators"]) == {"dense", "naive", "auto", *MODES}
         for found in case["operators"].values():
             assert len(found["times"]) == 2 and min(found["times"]) > 0 and found["peak"] > 0
-        assert case["operators"]["auto"]["mode"] in MODES
+        assert case["operators"]["auto"]["mode"] in MODES and case["operators"]["auto"]["chosen_in"] > 0
     compose = kept["cases"][0]["operators"]["compose"]
     assert compose["saved_beyond"] == 0 and compose["workspace"] == 4 * 24 * 16
 
@@ -85,26 +87,6 @@ def test_wrong_options_are_told_in_a_line(flags, told, capsys):
     assert told in capsys.readouterr().err
 
 
-GRID = ["--shapes", "24x16:r4:d0.1,16x32:r2:d0.2", "--tokens", "4,8,16"]
-
-
-def test_calibrate_writes_the_constants_that_the_modes_read(tmp_path, capsys):
-    command = ["bench", "op", "--calibrate", "--device", "cpu", "--dtypes", "bf16", *GRID, "--out", str(tmp_path)]
-    assert main(command) == 0
-    printed, path = capsys.readouterr().out, tmp_path / "op_constants.json"
-    assert printed.strip().endswith(str(path)) and "cpu.bfloat16: 6 sizes" in printed
-    found, built_in = modes.load(path), modes.load()
-    assert set(found) == set(built_in)
-    changed = {key.rpartition(".")[0] for key in found if found[key] != built_in[key]}
-    assert changed == {f"cpu.bfloat16.{mode}" for mode in modes.TERMS}
-    assert json.loads(path.read_text())["measured"]["cpu"]["torch"]
-
-
-def test_calibrate_wants_enough_sizes(capsys):
-    assert main(["bench", "op", "--calibrate", "--shapes", "24x16:r4", "--tokens", "4"]) == 2
-    assert "--calibrate: 1 sizes are too few" in capsys.readouterr().err
-
-
 def test_modes_save_what_the_docs_say(tmp_path):
     """Nothing beyond x and parameters; W in keep; x A^T in factored: bytes of fp32, a layer of 24 x 16, rank 4."""
     tokens, out, in_, rank = 10, 24, 16, 4
@@ -113,7 +95,7 @@ def test_modes_save_what_the_docs_say(tmp_path):
     assert beyond["dense"] == beyond["compose"] == 0
     assert beyond["keep"] == 4 * out * in_ and beyond["naive"] == 4 * rank * in_  # the scaled copy of A
     assert beyond["factored"] == beyond["factored_dense"] == 4 * tokens * rank
-    columns = {row[3]: row[8:] for row in op.table_rows(case)}
+    columns = {row[3]: row[9:] for row in op.table_rows(case)}
     for name, found in case["operators"].items():
         assert columns[name] == [found["saved"] / 1e6, found["saved_beyond"] / 1e6, found["peak"] / 1e6]
         assert found["peak"] >= 4 * tokens * (out + in_)  # y and dx at least

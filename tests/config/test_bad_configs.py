@@ -155,6 +155,11 @@ BAD = {
     "mode of no shape": ("sltrain.op_mode", {"mlp": "keep"}, ["sltrain.op_mode", '"mlp"', "OUTxIN"]),
     "mode of a shape that is not there": ("sltrain.op_mode", {"7x8": "keep"}, ["sltrain.op_mode", "7x8", "512x512"]),
     "memory below zero": ("sltrain.op_memory", -1, ["sltrain.op_memory", "at least 0"]),
+    "file of the cost model that was": (
+        "sltrain.op_constants",
+        "c.json",
+        ["sltrain.op_constants", "gone", '"auto"', "remove it"],
+    ),
     "unknown mode": ("sltrain.op_mode", "dense", ["sltrain.op_mode", '"factored"', ' {"OUTxIN": mode, ...}, not']),
     "unknown states": ("sltrain.precision.states", "2bit", ["sltrain.precision.states", '"8bit"']),
     "4-bit of bitsandbytes": (

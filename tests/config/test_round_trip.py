@@ -128,3 +128,9 @@ def test_nothing_but_user_errors(good):
                     assert "\n" not in str(error) and path[0] in str(error), (path, value, str(error))
     assert refused > 1000
     assert isinstance(whole_tree()["train_batch_size"], Key)
+
+
+def test_a_file_of_an_older_run_may_hold_keys_that_are_gone(good):
+    older = from_dict(good).to_json()
+    older["sltrain"]["op_constants"] = None
+    assert from_dict(older).to_json() == from_dict(good).to_json()

@@ -3,9 +3,7 @@
 import pytest
 import torch
 
-from sltrain_ds.bench import calibrate
-from sltrain_ds.bench.op import Shape
-from sltrain_ds.ops import cuda, modes, reference, sltrain_linear, sparse, support
+from sltrain_ds.ops import cuda, measure_modes, modes, reference, sltrain_linear, sparse, support
 
 SHAPES = [(64, 512, 512, 128, 0.03), (257, 130, 515, 7, 0.3), (33, 4096, 1024, 64, 0.05), (1, 7, 3, 2, 0.0)]
 
@@ -62,10 +60,8 @@ def test_other_dtypes_are_pytorchs():
     assert float(W.sum()) == 100
 
 
-def test_calibrate_measures_the_gpu():
-    grid = [(Shape(64 * i, 32 * j, 8, 0.1), 16 * i * j) for i in (1, 2, 3) for j in (1, 2)]
-    found = calibrate.calibrate("cuda", ("bf16",), grid, rounds=2)
-    fitted = {key for key, value in found["constants"].items() if value != modes.load()[key]}
-    assert {key.rpartition(".")[0] for key in fitted} == {
-        f"cuda.bfloat16.{mode}" for mode in ("compose", "keep", "factored_dense")
-    }
+def test_the_modes_are_measured_on_the_gpu():
+    names = measure_modes.candidates("cuda", keep=True, held=True)
+    layer = measure_modes.Layer(192, 96, 8, 1843, 256, torch.bfloat16, "cuda")
+    found = measure_modes.measure(layer, names)
+    assert set(found) == {"compose", "factored_dense", "keep", "held"} and min(found.values()) > 0
