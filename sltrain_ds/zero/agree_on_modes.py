@@ -46,7 +46,7 @@ def _rank_0s(shapes, layers, run, device) -> dict[str, str]:
     chooses = dist.get_rank() == 0 or is_fake()
     own, how = _choose(shapes, layers, run, device) if chooses else (_by_rule(shapes, run, device), "")
     if chooses:
-        by_shape = ", ".join(f"{shape}: {mode}" for shape, mode in own.items())
+        by_shape = ", ".join(f"{shape}: {mode}" for shape, mode in sorted(own.items()))
         print(f"sltrain_ds computes layers as {by_shape} ({how})", flush=True)
     names = sorted(own)
     tensor = torch.tensor([modes.CHOICES.index(own[shape]) for shape in names], dtype=torch.int64, device=device)
