@@ -36,6 +36,11 @@ def load() -> bool:
     return (_state or _load())[0] != "reference"
 
 
+def loaded() -> bool:
+    """Whether ``load`` has found them; loads nothing."""
+    return _state is not None and _state[0] != "reference"
+
+
 def build_ahead(verbose: bool = False) -> tuple[str, str]:
     """Build now, before any rank starts: ``load`` and then how it went, as ``status`` tells it.
 
@@ -125,7 +130,7 @@ def extension_name() -> str:
     import torch
 
     digest = hashlib.sha256(f"{torch.__version__} {sys.version_info[:2]} {CXX_FLAGS} {LINK_FLAGS}".encode())
-    for path in sorted([*source_directory().glob("*.cpp"), *source_directory().glob("*.h")]):
+    for path in sorted(path for kind in ("*.cpp", "*.h", "cuda/*.h") for path in source_directory().glob(kind)):
         digest.update(path.read_bytes())
     return f"sltrain_ops_{digest.hexdigest()[:12]}"
 

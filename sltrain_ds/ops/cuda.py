@@ -97,6 +97,12 @@ class Kernels:
         """The digest of the sources it was built from."""
         return self._library.sltrain_cuda_sources().decode()
 
+    def addresses(self) -> list[int]:
+        """Of what csrc/moves.cpp calls by itself: scatter-add, gather, and an error's words."""
+        names = ("scatter_add", "gather", "error")
+        functions = (getattr(self._library, f"sltrain_cuda_{name}") for name in names)
+        return [ctypes.cast(function, ctypes.c_void_p).value for function in functions]
+
     def probe(self, device: int) -> str | None:
         """None if it runs on the device, else why not."""
         code = self._library.sltrain_cuda_probe(device)
@@ -243,9 +249,12 @@ def _build() -> Path:
 
 
 def _register(kernels):
-    """Give the dispatcher the CUDA side of the operators whose schema the C++ library brought."""
+    """Give the C++ ops the kernels: the dispatcher for the operators whose schema they brought, csrc/moves.cpp for
+    those that a whole layer calls.
+    """
     if not builder.load():
         return
+    torch.ops.sltrain.use_cuda_kernels(*kernels.addresses())
     library = torch.library.Library("sltrain", "IMPL")
     for name in ("scatter_add_", "gather", "adam8bit_step_", "adam4bit_step_"):
         library.impl(name, getattr(kernels, name), "CUDA")

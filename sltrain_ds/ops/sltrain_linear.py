@@ -16,12 +16,15 @@ fp32 and rounded once: so W in bf16 carries two roundings (2^-9 relative each), 
 element, where an fp32 workspace would double both; dW is one GEMM, dA and dB are GEMMs over it, and dS reads it at the
 support. In the factored modes u and du carry one rounding, y and dx one for each of their two parts. Forward and
 backward see the same bits of W, or of A, B and S. No mode's bits depend on the number of CPU threads.
+
+This file is the reference. Where the C++ ops serve and nothing but autograd looks on, csrc/layer.cpp does the same, to
+the bit, in one call for the forward and one for the backward.
 """
 
 import torch
 
-from sltrain_ds.ops import sparse, spmm, workspace
-from sltrain_ds.ops.gemm import column_sum_, gemm_
+from sltrain_ds.ops import builder, sparse, spmm, workspace
+from sltrain_ds.ops.gemm import column_sum_, gemm_, is_counted
 
 MODES = ("compose", "keep", "factored", "factored_dense")
 
@@ -39,8 +42,17 @@ def linear(x, A, B, values, rows, columns, scaling, bias=None, mode="compose"):
     x = x.to(dtype)
     if mode == "keep" and not torch.is_grad_enabled():
         mode = "compose"  # nothing to keep W for
-    call = _Eager.apply if _is_plain(x) else torch.ops.sltrain.linear
-    return call(x, A, B, values, rows, columns, bias, scaling, mode)[0]
+    arguments = (x, A, B, values, rows, columns, bias, scaling)
+    if not _is_plain(x):
+        return torch.ops.sltrain.linear(*arguments, mode)[0]
+    if _native_serves(x, values):
+        return torch.ops.sltrain.layer.default(*arguments, MODES.index(mode))
+    return _Eager.apply(*arguments, mode)[0]
+
+
+def _native_serves(x, values):
+    """Whether csrc/layer.cpp can take the whole pass."""
+    return builder.load() and not is_counted() and (x.device.type == "cpu" or sparse.on_cuda(x, values))
 
 
 def compute_dtype(x) -> torch.dtype:

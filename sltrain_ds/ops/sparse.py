@@ -17,7 +17,7 @@ def scatter_add_(W: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, val
     if W.device.type == "cpu" and builder.load():
         torch.ops.sltrain.scatter_add_(W, rows, columns, values)
         return
-    if _on_cuda(W, values):
+    if on_cuda(W, values):
         cuda.scatter_add_(W, rows, columns, values)
         return
     flat = W.view(-1)
@@ -31,11 +31,12 @@ def gather(W: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, out: torc
     if W.device.type == "cpu" and builder.load():
         torch.ops.sltrain.gather(out, W, rows, columns)
         return
-    if _on_cuda(W, out):
+    if on_cuda(W, out):
         cuda.gather(out, W, rows, columns)
         return
     out.copy_(W.view(-1)[support.to_flat_index(rows, columns, W.shape[1])])
 
 
-def _on_cuda(W, values):
+def on_cuda(W: torch.Tensor, values: torch.Tensor) -> bool:
+    """Whether the CUDA kernels serve these."""
     return W.device.type == "cuda" and cuda.supports(W, values) and cuda.load()

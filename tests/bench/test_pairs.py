@@ -34,6 +34,6 @@ def test_short_runs_are_repeated_to_fill_a_burst():
 def test_bursts_on_a_gpu_are_long_and_sized_without_the_wait_of_a_lone_call(monkeypatch, device, least):
     """A device that takes 30 us to answer and 10 us a call."""
     wait, each, calls = 30e-6 if device == "cuda" else 0.0, 10e-6, []
-    monkeypatch.setattr(pairs, "_timed", lambda run, n, device: calls.append(n) or each + wait / n)
+    monkeypatch.setattr(pairs.timing, "seconds", lambda run, n, device: calls.append(n) or each + wait / n)
     interleave({"short": None}, rounds=1, device=device)
     assert calls[-1] * each == pytest.approx(least, rel=0.02)  # a lone call would have said a quarter of it
