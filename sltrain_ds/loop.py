@@ -9,7 +9,7 @@ from torch import distributed
 
 from sltrain_ds import checkpoint
 from sltrain_ds.data.dataset import predicted_tokens
-from sltrain_ds.evaluate import evaluate, with_labels
+from sltrain_ds.evaluate import evaluate, on_device, with_labels
 from sltrain_ds.memory.meter import Meter
 from sltrain_ds.monitor import Metrics, Progress
 from sltrain_ds.ops.keep_step import micro_batches
@@ -85,8 +85,7 @@ def optimizer_step(engine, batches, grad_norm: GradNorm, meter: Meter | None = N
     clear_late_gradients(engine)
     for batch in micro_batches(engine.module, batches):
         meter and meter.enter("backward")
-        moved = {key: value.to(engine.device, non_blocking=True) for key, value in batch.items()}
-        loss = engine(**moved, num_items_in_batch=mean_count).loss
+        loss = engine(**on_device(batch, engine.device), num_items_in_batch=mean_count).loss
         engine.backward(loss)
         meter and meter.enter("step")
         grad_norm.before_step()
