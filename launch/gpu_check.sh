@@ -29,4 +29,4 @@ export PYTHONPATH=$WORK/code:$WORK/site:$WORK/code/tests${PYTHONPATH:+:$PYTHONPA
 export HF_HUB_OFFLINE=1 NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-lo}
 COMMIT=$(git rev-parse --short HEAD 2>/dev/null || true)
 cd "$WORK/code"
-"$PYTHON" -m sltrain_ds.gpu_check --out "$OUT" --limit "${LIMIT:-520}" --spent "$SECONDS" --commit "$COMMIT" ${DEVICE:+--device "$DEVICE"} "$@"
+"$PYTHON" -m sltrain_ds.cli.gpu_check --out "$OUT" --limit "${LIMIT:-520}" --spent "$SECONDS" --commit "$COMMIT" ${DEVICE:+--device "$DEVICE"} "$@"

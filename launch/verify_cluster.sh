@@ -7,4 +7,4 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 install
 choose_device 8
 sltrain-ds doctor --build >/dev/null
-exec python -m sltrain_ds.verify --ranks "$RANKS"
+exec python -m sltrain_ds.cli.verify --ranks "$RANKS"

@@ -49,12 +49,13 @@ def _train(args) -> int:
     # imported here, so that a bad config is told before torch and DeepSpeed have loaded
     import torch
 
-    from sltrain_ds import checkpoint, loop
+    from sltrain_ds.checkpoint import save as checkpoint
     from sltrain_ds.data.dataset import BatchSource, evaluation_batches, open_data
-    from sltrain_ds.engine import make_engine
     from sltrain_ds.files import write_json
     from sltrain_ds.logs import quiet
     from sltrain_ds.memory.table import meter_table
+    from sltrain_ds.training import loop
+    from sltrain_ds.training.engine import make_engine
     from sltrain_ds.zero.start import start
 
     quiet()
@@ -135,11 +136,11 @@ def _left_by_an_earlier_run(run, args) -> list[Path]:
     """
     if int(os.environ.get("RANK", 0)):
         return []
-    from sltrain_ds.step_folders import complete_checkpoints, step_folders
+    from sltrain_ds.checkpoint.step_folders import complete_checkpoints, step_folders
 
     keep = 0
     if args.resume:
-        from sltrain_ds import checkpoint
+        from sltrain_ds.checkpoint import save as checkpoint
 
         keep = checkpoint.read_state(checkpoint.find(args.resume, run))["step"]
     later = [path for step, path in step_folders(run.checkpoint_dir).items() if step > keep]

@@ -5,7 +5,8 @@ import subprocess
 import pytest
 from ranks import ROOT
 
-from sltrain_ds import train, verify
+from sltrain_ds import train
+from sltrain_ds.cli import verify
 
 
 def test_verify_needs_a_rank(capsys):

@@ -28,13 +28,13 @@ def main(path: str) -> int:
 
 def measure(run, job: dict) -> dict:
     """`steps` optimizer steps as training takes them; bytes, moments, losses, and seconds of the last step."""
-    from sltrain_ds import loop
     from sltrain_ds.bench.naive import to_naive
     from sltrain_ds.data.dataset import BatchSource
     from sltrain_ds.data.random_tokens import RandomTokens
-    from sltrain_ds.engine import make_engine
     from sltrain_ds.errors import UserError
-    from sltrain_ds.evaluate import with_labels
+    from sltrain_ds.training import loop
+    from sltrain_ds.training.engine import make_engine
+    from sltrain_ds.training.evaluate import with_labels
     from sltrain_ds.zero.grad_norm import GradNorm
 
     try:

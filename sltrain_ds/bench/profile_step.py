@@ -16,7 +16,6 @@ from collections import Counter, defaultdict
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from sltrain_ds import loop
 from sltrain_ds.bench import flops
 from sltrain_ds.bench.pairs import interleave, ratio
 from sltrain_ds.bench.report import Report, megabytes
@@ -24,13 +23,14 @@ from sltrain_ds.bench.step import ROOM, variant
 from sltrain_ds.config.jsonfile import read_json
 from sltrain_ds.config.overrides import apply
 from sltrain_ds.data.random_tokens import RandomTokens
-from sltrain_ds.engine import make_engine
 from sltrain_ds.errors import UserError
-from sltrain_ds.evaluate import with_labels
 from sltrain_ds.memory.estimate import estimate
 from sltrain_ds.memory.free import free_bytes
 from sltrain_ds.memory.gauge import Gauge, resident
 from sltrain_ds.ops import modes, workspace
+from sltrain_ds.training import loop
+from sltrain_ds.training.engine import make_engine
+from sltrain_ds.training.evaluate import with_labels
 from sltrain_ds.zero.agree_on_modes import agree_on_modes
 from sltrain_ds.zero.grad_norm import GradNorm
 from sltrain_ds.zero.start import start

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 
-from sltrain_ds import loop, models
 from sltrain_ds.bench.meter import Meter
 from sltrain_ds.bench.naive import to_naive
 from sltrain_ds.bench.pairs import interleave, ratio
@@ -23,11 +22,13 @@ from sltrain_ds.config.overrides import apply
 from sltrain_ds.data.dataset import BatchSource
 from sltrain_ds.data.random_tokens import RandomTokens
 from sltrain_ds.errors import UserError
-from sltrain_ds.evaluate import with_labels
-from sltrain_ds.loss import use_chunked_loss
 from sltrain_ds.memory.estimate import estimate
 from sltrain_ds.memory.free import free_bytes
+from sltrain_ds.models import build as models
+from sltrain_ds.models.chunked_loss import use_chunked_loss
 from sltrain_ds.ops import modes, workspace
+from sltrain_ds.training import loop
+from sltrain_ds.training.evaluate import with_labels
 from sltrain_ds.zero.grad_norm import GradNorm
 from sltrain_ds.zero.held import held_bytes
 from sltrain_ds.zero.initialize import initialize, partitioner

@@ -33,7 +33,7 @@ def run(args) -> int:
     import torch
 
     from sltrain_ds.data.dataset import TokenData, evaluation_batches
-    from sltrain_ds.evaluate import evaluate
+    from sltrain_ds.training.evaluate import evaluate
 
     device = _device(torch, args.device)
     data = TokenData(args.data, "validation", args.sequence_length)
@@ -65,7 +65,7 @@ def _load(path: Path):
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    from sltrain_ds.converted import is_converted, load_converted
+    from sltrain_ds.models.converted import is_converted, load_converted
 
     try:
         if is_converted(path):

@@ -14,7 +14,7 @@ def add_parser(subparsers):
 
 
 def run(args) -> int:
-    from sltrain_ds.export import export
+    from sltrain_ds.hf.export import export
 
     done = export(args.checkpoint, args.out, args.dtype)
     size = f"{done.parameters / 1e6:,.1f}M parameters, {done.bytes / 1e9:.3f} GB in {str(done.dtype)[6:]}"

@@ -18,7 +18,7 @@ def add_parser(subparsers):
 def run(args) -> int:
     if args.origin != "sltrain":
         raise UserError(f"--from {args.origin}: not known; sltrain is")
-    from sltrain_ds.import_checkpoint import import_sltrain
+    from sltrain_ds.hf.import_reference import import_sltrain
 
     method = import_sltrain(args.source, args.out, args.alpha, args.rank)
     values = ", ".join(f"{key} {method[key]}" for key in ("rank", "density", "alpha"))

@@ -43,8 +43,8 @@ def run(args) -> int:
         os.environ["DS_ACCELERATOR"] = "cpu"  # read when DeepSpeed is imported
 
     from sltrain_ds.logs import quiet
-    from sltrain_ds.memory.rehearse import rehearse
     from sltrain_ds.memory.table import meter_table
+    from sltrain_ds.training.rehearse import rehearse
 
     quiet()
     with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed's own lines

@@ -16,7 +16,7 @@ h hidden, f intermediate, q and k the widths of queries and keys, a heads, V voc
 
 from sltrain_ds.memory.count import Model, Shape
 
-CHUNK_BYTES = 16 << 20  # of fp32 logits, as in loss.py
+CHUNK_BYTES = 16 << 20  # of fp32 logits, as in models/chunked_loss.py
 
 
 def activations(model: Model, tokens: int, compute: int, checkpointing: bool, chunked: bool, held: int = 0) -> int:

@@ -1,4 +1,4 @@
-"""What the per-layer update (zero/unit_update.py) holds on one GPU, in bytes.
+"""What the per-layer update (zero/per_layer/update.py) holds on one GPU, in bytes.
 
 Gradients exist for one unit at a time (a transformer block, the embedding, or final norm and head), so the backward
 pass has a few places where it can be largest; the categories are those of the largest one:
@@ -61,7 +61,7 @@ def held_per_layer(model: Model, s: zero.Settings, tokens: int, checkpointing: b
 
 
 def _by_unit(model: Model) -> dict[str, dict[str, list]]:
-    """Unit -> group -> tensors, as zero/units.py cuts them."""
+    """Unit -> group -> tensors, as zero/per_layer/units.py cuts them."""
     units: dict[str, dict[str, list]] = {}
     for tensor in model.tensors:
         parts = tensor.name.split(".")

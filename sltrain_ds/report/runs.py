@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+from sltrain_ds.checkpoint.step_folders import STATE_FILE, complete_checkpoints
 from sltrain_ds.errors import UserError
-from sltrain_ds.step_folders import STATE_FILE, complete_checkpoints
 
 
 @dataclass

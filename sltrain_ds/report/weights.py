@@ -73,10 +73,10 @@ def _configured_checkpoints(run_dir: Path) -> Path | None:
 def _checkpoint(folder: Path) -> Weights:
     from pydantic import ValidationError
 
+    from sltrain_ds.checkpoint.reader import open_checkpoint
     from sltrain_ds.config.block import Model
-    from sltrain_ds.converted import convert_skeleton, is_converted, read_config, skeleton
-    from sltrain_ds.models import model_config
-    from sltrain_ds.zero.checkpoint_reader import open_checkpoint
+    from sltrain_ds.models.build import model_config
+    from sltrain_ds.models.converted import convert_skeleton, is_converted, read_config, skeleton
 
     checkpoint = open_checkpoint(folder)
     block = checkpoint.config["sltrain"]
@@ -98,7 +98,7 @@ def _directory(folder: Path) -> Weights:
     from safetensors import SafetensorError, safe_open
     from transformers import AutoModelForCausalLM
 
-    from sltrain_ds.converted import is_converted, read_config, skeleton
+    from sltrain_ds.models.converted import is_converted, read_config, skeleton
 
     where = {}
     try:

@@ -21,9 +21,9 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch.nn.functional import pad
 
-from sltrain_ds.blockwise_adam import ALIGNMENT, Segment
 from sltrain_ds.errors import UserError
 from sltrain_ds.ops.adam8bit import parameter_key
+from sltrain_ds.optim.blockwise_adam import ALIGNMENT, Segment
 
 
 class Aligned:

@@ -9,8 +9,8 @@ from deepspeed.runtime import engine
 from deepspeed.runtime.zero import stage3
 
 from sltrain_ds.zero.aligned import Aligned, AlignedStage3, AlignedZeroOptimizer, AlignedZeroOptimizerStage3
-from sltrain_ds.zero.per_layer import PerLayerZero2
-from sltrain_ds.zero.per_layer_stage3 import PerLayerZero3
+from sltrain_ds.zero.per_layer.stage2 import PerLayerZero2
+from sltrain_ds.zero.per_layer.stage3 import PerLayerZero3
 
 
 class AlignedPerLayerZero2(Aligned, PerLayerZero2):

@@ -6,18 +6,18 @@ import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from sltrain_ds.blockwise_adam import BlockwiseAdam
 from sltrain_ds.config import RunConfig, from_dict
 from sltrain_ds.config.jsonfile import read_json
 from sltrain_ds.errors import UserError
-from sltrain_ds.optim import build_optimizer
+from sltrain_ds.methods.supports import check_supports_agree
+from sltrain_ds.optim.blockwise_adam import BlockwiseAdam
+from sltrain_ds.optim.build import build_optimizer
 from sltrain_ds.zero.agree_on_modes import agree_on_modes
 from sltrain_ds.zero.aligned import AlignedInit, partition_aligned
 from sltrain_ds.zero.engine_swap import zero_classes
+from sltrain_ds.zero.per_layer.units import split_by_unit
+from sltrain_ds.zero.per_layer.update import UnitUpdate
 from sltrain_ds.zero.start import start
-from sltrain_ds.zero.support_check import check_supports_agree
-from sltrain_ds.zero.unit_update import UnitUpdate
-from sltrain_ds.zero.units import split_by_unit
 
 
 def initialize(

@@ -10,8 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from sltrain_ds import methods
 from sltrain_ds.cli import main
-from sltrain_ds.converted import save_converted
 from sltrain_ds.data.dataset import TokenData
+from sltrain_ds.models.converted import save_converted
 
 FIELDS = {"vocab_size": 384, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
           "num_attention_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.3}  # fmt: skip

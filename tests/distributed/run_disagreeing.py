@@ -4,9 +4,9 @@ import json
 import sys
 from pathlib import Path
 
-from sltrain_ds import models
 from sltrain_ds.config import from_dict
 from sltrain_ds.errors import UserError
+from sltrain_ds.models import build as models
 from sltrain_ds.zero.initialize import initialize
 from sltrain_ds.zero.start import start
 

@@ -4,8 +4,8 @@ import json
 import sys
 from pathlib import Path
 
-from sltrain_ds import models
 from sltrain_ds.config import from_dict
+from sltrain_ds.models import build as models
 from sltrain_ds.ops import measure_modes, modes
 from sltrain_ds.zero.agree_on_modes import agree_on_modes
 from sltrain_ds.zero.start import start

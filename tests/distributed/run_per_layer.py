@@ -17,13 +17,13 @@ from unittest import mock
 import deepspeed
 import torch
 
-from sltrain_ds import models
-from sltrain_ds.blockwise_adam import BlockwiseAdam
 from sltrain_ds.config import from_dict
 from sltrain_ds.data.dataset import BatchSource
-from sltrain_ds.evaluate import with_labels
 from sltrain_ds.logs import quiet
-from sltrain_ds.loop import optimizer_step
+from sltrain_ds.models import build as models
+from sltrain_ds.optim.blockwise_adam import BlockwiseAdam
+from sltrain_ds.training.evaluate import with_labels
+from sltrain_ds.training.loop import optimizer_step
 from sltrain_ds.zero import initialize as initialize_module
 from sltrain_ds.zero.engine_swap import zero_classes
 from sltrain_ds.zero.grad_norm import GradNorm

@@ -11,13 +11,14 @@ from pathlib import Path
 
 import deepspeed
 
-from sltrain_ds import checkpoint, models
+from sltrain_ds.checkpoint import save as checkpoint
 from sltrain_ds.config import from_dict
 from sltrain_ds.data.dataset import BatchSource
-from sltrain_ds.evaluate import with_labels
 from sltrain_ds.logs import quiet
-from sltrain_ds.loop import optimizer_step
-from sltrain_ds.loss import use_chunked_loss
+from sltrain_ds.models import build as models
+from sltrain_ds.models.chunked_loss import use_chunked_loss
+from sltrain_ds.training.evaluate import with_labels
+from sltrain_ds.training.loop import optimizer_step
 from sltrain_ds.zero.grad_norm import GradNorm
 from sltrain_ds.zero.initialize import initialize, partitioner
 from sltrain_ds.zero.start import start

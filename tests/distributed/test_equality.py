@@ -9,12 +9,12 @@ from deepspeed.runtime.lr_schedules import WarmupCosineLR
 from ranks import launch
 from torch import nn
 
-from sltrain_ds import models
 from sltrain_ds.config import from_dict
 from sltrain_ds.data.dataset import BatchSource
-from sltrain_ds.evaluate import with_labels
 from sltrain_ds.methods import SLTrainLinear
-from sltrain_ds.optim import build_optimizer
+from sltrain_ds.models import build as models
+from sltrain_ds.optim.build import build_optimizer
+from sltrain_ds.training.evaluate import with_labels
 
 WORKER = Path(__file__).with_name("run_variants.py")
 STEPS, STAGES = 20, (0, 1, 2, 3)

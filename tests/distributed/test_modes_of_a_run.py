@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from ranks import launch
 
-from sltrain_ds import models
 from sltrain_ds.config import from_dict
+from sltrain_ds.models import build as models
 from sltrain_ds.ops import measure_modes, mode_cache, modes
 from sltrain_ds.zero import agree_on_modes as agreement
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from sltrain_ds.blockwise_adam import BlockwiseAdam
 from sltrain_ds.ops import adam4bit, adam8bit, builder, support
+from sltrain_ds.optim.blockwise_adam import BlockwiseAdam
 
 FLOATS = [torch.float32, torch.bfloat16]
 SHAPES = [((1, 1), 1.0), ((64, 512), 0.03), ((1376, 512), 0.03), ((300, 4096), 0.05), ((3, 70000), 0.01)]

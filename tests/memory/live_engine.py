@@ -35,7 +35,7 @@ def live(deepspeed, case):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from sltrain_ds import methods
-    from sltrain_ds.optim import build_optimizer
+    from sltrain_ds.optim.build import build_optimizer
     from sltrain_ds.zero.aligned import partition_aligned
     from sltrain_ds.zero.engine_swap import zero_classes
 
@@ -131,9 +131,9 @@ class Live(TorchDispatchMode):
 
 
 def peaks(deepspeed, case):
-    from sltrain_ds import models
     from sltrain_ds.config import from_dict
-    from sltrain_ds.loss import use_chunked_loss
+    from sltrain_ds.models import build as models
+    from sltrain_ds.models.chunked_loss import use_chunked_loss
     from sltrain_ds.ops import workspace
     from sltrain_ds.zero.initialize import initialize, partitioner
 

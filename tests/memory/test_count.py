@@ -6,7 +6,7 @@ from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
 from sltrain_ds import methods  # noqa: E402
 from sltrain_ds.errors import UserError  # noqa: E402
 from sltrain_ds.memory.count import REPLACEMENTS, Shape, count, targeted  # noqa: E402
-from sltrain_ds.optim import parameter_groups  # noqa: E402
+from sltrain_ds.optim.build import parameter_groups  # noqa: E402
 
 LLAMA = {"vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4}
 MODELS = {

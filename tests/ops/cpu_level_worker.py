@@ -10,7 +10,7 @@ import torch
 
 from sltrain_ds.ops import adam4bit, adam8bit, builder, sparse, spmm, support
 from sltrain_ds.ops.gemm import column_sum_, gemm_
-from sltrain_ds.zero.clipping import sum_of_squares
+from sltrain_ds.zero.per_layer.clipping import sum_of_squares
 
 FLOATS = (torch.float32, torch.bfloat16)
 # odd sizes, ends of vectors and of tiles, two kinds of column index

@@ -2,7 +2,7 @@ import pytest
 import torch
 from bounds import of_sum
 
-from sltrain_ds.zero.clipping import sum_of_squares
+from sltrain_ds.zero.per_layer.clipping import sum_of_squares
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -6,9 +6,9 @@ import torch
 from bounds import of_sum
 from tiny_runs import METHODS, model, save_checkpoint
 
-from sltrain_ds.converted import save_converted
 from sltrain_ds.errors import UserError
 from sltrain_ds.methods import MethodLinear
+from sltrain_ds.models.converted import save_converted
 from sltrain_ds.report.weights import layers, open_weights
 
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from deepspeed import comm as dist
 
+from sltrain_ds.checkpoint.safe_load import safe_checkpoint_engine
 from sltrain_ds.logs import quiet
 from sltrain_ds.zero.initialize import initialize
-from sltrain_ds.zero.safe_load import safe_checkpoint_engine
 from sltrain_ds.zero.start import start
 
 # odd sizes, one smaller than a block, one of many; the last pair makes the norms group

@@ -6,12 +6,13 @@ import json
 import pytest
 import torch
 
-from sltrain_ds import SLTrainConfig, convert, initialize, models
+from sltrain_ds import SLTrainConfig, convert, initialize
 from sltrain_ds.config import from_dict
 from sltrain_ds.errors import UserError
-from sltrain_ds.optim import parameter_groups
+from sltrain_ds.methods.supports import supports
+from sltrain_ds.models import build as models
+from sltrain_ds.optim.build import parameter_groups
 from sltrain_ds.zero.initialize import partitioner
-from sltrain_ds.zero.support_check import supports
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
@@ -136,7 +137,7 @@ def test_a_dense_directory_goes_on_full_rank_only(tiny_config, tmp_path):
 
 
 def test_a_converted_directory_goes_on_as_it_was(tiny_config, tmp_path):
-    from sltrain_ds.converted import save_converted
+    from sltrain_ds.models.converted import save_converted
 
     config = tiny_config()
     first = models.build(from_dict(config))
