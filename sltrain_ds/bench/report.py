@@ -75,7 +75,7 @@ def megabytes(nbytes: int | None) -> float | None:
 
 def environment(device) -> dict:
     """Device, versions, threads, load and command, as plain values."""
-    from sltrain_ds.ops import builder, cpu_level, cuda
+    from sltrain_ds.ops import builder, cuda
 
     device = torch.device(device)
     with contextlib.redirect_stdout(sys.stderr):  # a build announces itself
@@ -91,7 +91,7 @@ def environment(device) -> dict:
         **{name: _version(name) for name in PACKAGES},
         "cuda": torch.version.cuda,
         "ops": kernels,
-        "cpu_level": cpu_level.in_force(),
+        "cpu_level": builder.cpu_level_in_force(),
         "command": shlex.join(["sltrain-ds", *sys.argv[1:]]),
     }
 

@@ -47,9 +47,13 @@ def run(args: argparse.Namespace) -> int:
 
 def build() -> dict:
     """Build our ops, and what DeepSpeed's first engine start on the CPU would build, so that no rank compiles."""
-    from sltrain_ds.ops import builder
+    import torch
+
+    from sltrain_ds.ops import builder, cuda
 
     kind, detail = builder.build_ahead(verbose=True)
+    if torch.cuda.is_available():
+        cuda.load()
     failed = kind == "reference" and builder.missing_tools() is None and not builder.forced()
     return {"ops": f"{kind}: {detail}", "deepspeed": builder.build_deepspeed_ops(), "failed": failed}
 
@@ -81,9 +85,9 @@ def ops() -> dict:
 
 def cpu_level() -> str:
     """The instruction set that the C++ ops use, and whether it was forced."""
-    from sltrain_ds.ops import cpu_level
+    from sltrain_ds.ops import builder
 
-    level = cpu_level.in_force()
+    level = builder.cpu_level_in_force()
     if level is None:
         return "none: no C++ ops are loaded"
     return f"{level} (SLTRAIN_CPU)" if os.environ.get("SLTRAIN_CPU") else level

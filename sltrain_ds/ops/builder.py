@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 from sltrain_ds.errors import UserError
-from sltrain_ds.ops import cpu_level
+from sltrain_ds.ops import cpu_level, sources
 
 CXX_FLAGS = [
     "-O3",
@@ -42,18 +42,15 @@ def loaded() -> bool:
 
 
 def build_ahead(verbose: bool = False) -> tuple[str, str]:
-    """Build now, before any rank starts: ``load`` and then how it went, as ``status`` tells it.
+    """Build now, before any rank starts: ``load`` and then how it went, as ``status`` tells it."""
+    return _load(verbose)
 
-    Where there is a GPU, the CUDA kernels too (``cuda.status``).
-    """
-    _load(verbose)
-    import torch
 
-    if torch.cuda.is_available():
-        from sltrain_ds.ops import cuda
-
-        cuda.load()
-    return _state
+def cpu_level_in_force() -> str | None:
+    """The level that the C++ ops run at; None where the PyTorch reference serves, or nothing is built yet."""
+    if status()[0] == "reference" or not built() or not load():
+        return None
+    return cpu_level.in_force()
 
 
 def clear_dead_locks() -> None:
@@ -113,24 +110,12 @@ def status() -> tuple[str, str]:
     return "jit", str(library or build_directory())
 
 
-def source_directory() -> Path:
-    """csrc beside the package in a checkout, sltrain_ds/csrc in an installed wheel."""
-    package = Path(__file__).resolve().parent.parent
-    inside, beside = package / "csrc", package.parent / "csrc"
-    return inside if (inside / "bindings.cpp").is_file() else beside
-
-
-def sources() -> list[str]:
-    """Absolute paths: DeepSpeed takes relative ones as its own."""
-    return sorted(str(path) for path in source_directory().glob("*.cpp"))
-
-
 def extension_name() -> str:
     """Carries a hash of the sources, flags and torch, so that a cached library is always this one."""
     import torch
 
     digest = hashlib.sha256(f"{torch.__version__} {sys.version_info[:2]} {CXX_FLAGS} {LINK_FLAGS}".encode())
-    for path in sorted(path for kind in ("*.cpp", "*.h", "cuda/*.h") for path in source_directory().glob(kind)):
+    for path in sources.headers_and_cpp():
         digest.update(path.read_bytes())
     return f"sltrain_ops_{digest.hexdigest()[:12]}"
 
@@ -151,8 +136,8 @@ def cached_library() -> Path | None:
 
 def missing_tools() -> str | None:
     """What a build lacks here, or None."""
-    if not sources():
-        return f"the C++ sources are missing ({source_directory()})"
+    if not sources.cpp():
+        return f"the C++ sources are missing ({sources.directory()})"
     compiler = os.environ.get("CXX", "c++")
     with tools_on_path():
         if not shutil.which(compiler.split()[0]):
@@ -241,7 +226,7 @@ def _op_builder():
             return "sltrain_ds.ops._C"
 
         def sources(self):
-            return sources()
+            return sources.cpp()
 
         def cxx_args(self):
             return list(CXX_FLAGS)

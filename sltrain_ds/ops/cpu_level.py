@@ -37,12 +37,8 @@ def available() -> tuple[str, ...]:
     return LEVELS[: LEVELS.index(torch.ops.sltrain.best_cpu_level()) + 1]
 
 
-def in_force() -> str | None:
-    """The level that the C++ ops run at; None where the PyTorch reference serves, or nothing is built yet."""
-    from sltrain_ds.ops import builder
-
-    if builder.status()[0] == "reference" or not builder.built() or not builder.load():
-        return None
+def in_force() -> str:
+    """The level that the C++ ops run at; they are loaded."""
     import torch
 
     return torch.ops.sltrain.cpu_level()

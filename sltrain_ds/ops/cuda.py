@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from sltrain_ds.ops import build_lock, builder, cuda_build
+from sltrain_ds.ops import build_lock, builder, cuda_build, sources
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # as in csrc/cuda/launchers.h
 _ADAM_TENSOR = struct.Struct("=6Q5q6d2i")  # sltrain_adam_tensor of csrc/cuda/launchers.h
@@ -218,12 +218,12 @@ def _is_whole(path):
 
 def _foreign(library):
     try:
-        sources = library.sltrain_cuda_sources
+        found = library.sltrain_cuda_sources
     except AttributeError:
         return "it does not say what it was built from"
-    sources.restype = ctypes.c_char_p
-    wanted = cuda_build.digest() if cuda_build.sources() else None
-    return None if wanted in (None, sources().decode()) else "it was built from other sources"
+    found.restype = ctypes.c_char_p
+    wanted = cuda_build.digest() if sources.cuda() else None
+    return None if wanted in (None, found().decode()) else "it was built from other sources"
 
 
 def _probed(kernels, path):

@@ -10,6 +10,8 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from sltrain_ds.ops import sources
+
 LIBRARY = "libsltrain_cuda.so"
 NVCC_FLAGS = [
     "-O3",
@@ -33,19 +35,11 @@ def prebuilt() -> Path:
     return Path(__file__).resolve().parent / LIBRARY
 
 
-def sources() -> list[Path]:
-    from sltrain_ds.ops import builder
-
-    return sorted((builder.source_directory() / "cuda").glob("*.cu"))
-
-
 def digest() -> str:
     """Names the sources and flags; the library carries it (``sltrain_cuda_sources``)."""
-    from sltrain_ds.ops import builder
-
-    csrc = builder.source_directory()
+    csrc = sources.directory()
     total = hashlib.sha256(" ".join(NVCC_FLAGS).encode())
-    for path in [csrc / "adam8bit.h", *sorted((csrc / "cuda").glob("*.h")), *sources()]:
+    for path in [csrc / "adam8bit.h", *sorted((csrc / "cuda").glob("*.h")), *sources.cuda()]:
         total.update(path.read_bytes())
     return total.hexdigest()[:16]
 
@@ -66,13 +60,13 @@ def build(target: Path) -> Path:
     compiler = nvcc()
     if compiler is None:
         raise RuntimeError("nvcc was not found (on PATH or under CUDA_HOME)")
-    if not sources():
+    if not sources.cuda():
         raise RuntimeError("the CUDA sources are missing")
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = target.with_name(f".{target.name}.{os.getpid()}")
     flags = [*NVCC_FLAGS, f'-DSLTRAIN_SOURCES="{digest()}"', "--threads=0", "-shared", "-o", str(unfinished)]
     try:
-        done = subprocess.run([compiler, *flags, *map(str, sources())], capture_output=True, text=True)
+        done = subprocess.run([compiler, *flags, *map(str, sources.cuda())], capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"nvcc failed: {(done.stderr or done.stdout).strip()}")
         os.replace(unfinished, target)

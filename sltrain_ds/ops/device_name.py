@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from sltrain_ds.ops import cpu_level
+from sltrain_ds.ops import builder
 
 
 def device_name(device: str | torch.device) -> str:
@@ -19,7 +19,7 @@ def instructions(device: str | torch.device) -> str:
     device = torch.device(device)
     if device.type == "cuda":
         return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
-    return f"torch {torch.backends.cpu.get_cpu_capability()}, ops {cpu_level.in_force() or 'reference'}"
+    return f"torch {torch.backends.cpu.get_cpu_capability()}, ops {builder.cpu_level_in_force() or 'reference'}"
 
 
 def _cpu_name() -> str:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from sltrain_ds.errors import UserError
-from sltrain_ds.ops import build_lock, builder
+from sltrain_ds.ops import build_lock, builder, sources
 
 ROOT = Path(__file__).parents[2]
 
@@ -47,8 +47,8 @@ def test_flags_can_be_imported_without_torch_or_deepspeed():
 
 
 def test_sources_are_absolute_and_there():
-    assert len(builder.sources()) >= 2
-    assert all(os.path.isabs(path) and os.path.exists(path) for path in builder.sources())
+    assert len(sources.cpp()) >= 2
+    assert all(os.path.isabs(path) and os.path.exists(path) for path in sources.cpp())
 
 
 @pytest.mark.parametrize(

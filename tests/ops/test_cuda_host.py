@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sltrain_ds.ops import adam4bit, adam8bit, cuda, cuda_build, sparse, support
+from sltrain_ds.ops import adam4bit, adam8bit, cuda, cuda_build, sources, sparse, support
 
 HOST = Path(__file__).parent / "cuda_host"
 FLOATS = [torch.float32, torch.bfloat16]
@@ -20,10 +20,10 @@ def compile_for_host(target: Path, *flags: str) -> None:
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
     if not compiler:
         pytest.skip("needs a C++ compiler")
-    sources = cuda_build.sources()
+    files = sources.cuda()
     common = ["-std=c++20", "-O1", "-g", "-pthread", "-ffp-contract=off", "-DSLTRAIN_HOST_SHIM"]
-    include = [f"-I{HOST}", f"-I{sources[0].parent}"]
-    command = [compiler, *common, *include, *flags, "-x", "c++", *map(str, sources), "-o", str(target)]
+    include = [f"-I{HOST}", f"-I{files[0].parent}"]
+    command = [compiler, *common, *include, *flags, "-x", "c++", *map(str, files), "-o", str(target)]
     done = subprocess.run(command, capture_output=True, text=True)
     if "cannot find" in done.stderr and "tsan" in done.stderr:
         pytest.skip("needs ThreadSanitizer's library (libtsan)")
