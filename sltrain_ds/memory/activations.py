@@ -14,9 +14,8 @@ h hidden, f intermediate, q and k the widths of queries and keys, a heads, V voc
     all         layers x block + head; with checkpointing layers x c T h + max(block, head)
 """
 
+from sltrain_ds.formats import chunk_tokens
 from sltrain_ds.memory.count import Model, Shape
-
-CHUNK_BYTES = 16 << 20  # of fp32 logits, as in models/chunked_loss.py
 
 
 def activations(model: Model, tokens: int, compute: int, checkpointing: bool, chunked: bool, held: int = 0) -> int:
@@ -50,13 +49,8 @@ def head(s: Shape, tokens: int, compute: int) -> int:
 def loss(s: Shape, tokens: int, compute: int, chunked: bool) -> int:
     """The arrays over the vocabulary. A chunk has the logits, in fp32 too where they are not, and log-probabilities."""
     if chunked:
-        return (8 + compute * (compute != 4)) * s.vocab * chunk_tokens(s.vocab, tokens)
+        return (8 + compute * (compute != 4)) * s.vocab * min(tokens, chunk_tokens(s.vocab))
     return 12 * s.vocab * tokens
-
-
-def chunk_tokens(vocab: int, tokens: int) -> int:
-    """Tokens of a chunk of the chunked loss."""
-    return min(tokens, max(1, CHUNK_BYTES // (4 * vocab)))
 
 
 def _norm(s, tokens, compute):

@@ -7,6 +7,7 @@ from typing import Any
 
 from sltrain_ds.config.shapes import model_fields
 from sltrain_ds.errors import UserError
+from sltrain_ds.formats import column_bytes, nonzeros
 
 __all__ = ["GROUPS", "Linear", "Model", "Shape", "Support", "Tensor", "count", "model_fields", "nonzeros"]
 
@@ -51,12 +52,7 @@ class Support:
 
     @property
     def bytes(self) -> int:
-        return 4 * (self.out_features + 1) + (2 if self.in_features <= 65_536 else 4) * self.nnz
-
-
-def nonzeros(density: float, out_features: int, in_features: int) -> int:
-    """Non-zeros of a support: exactly int(density * out * in)."""
-    return int(density * out_features * in_features)
+        return 4 * (self.out_features + 1) + column_bytes(self.in_features) * self.nnz
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,11 @@ that, and the projector, r x min(m, n) in the weights' dtype. Embedding and head
 norms 32-bit ones.
 """
 
+from sltrain_ds.formats import STATES
 from sltrain_ds.memory.count import Shape
 from sltrain_ds.memory.paper import RECIPES
 
-_EIGHT_BIT = 2 * (1 + 4 / 256)  # bytes a number: two moments, an fp32 absmax for 256
+_EIGHT_BIT = 2 * (1 + 4 / STATES["8bit"].block)  # bytes a number: two moments, an fp32 absmax for 256
 
 
 def galore_bytes(run, shape: Shape, rank: int | None = None) -> int:

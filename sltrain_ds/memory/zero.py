@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from math import ceil
 
 from sltrain_ds.errors import UserError
+from sltrain_ds.formats import ALIGNMENT, STATES
 
-ALIGNMENT = 2  # elements a rank: nccl_start_alignment_factor, stage_1_and_2.py
-OUR_ALIGNMENT = 256  # zero/aligned.py
-BLOCKS = {"8bit": (256, 1), "4bit": (128, 2)}  # values under one fp32 absmax, codes a byte
+DEEPSPEED_ALIGNMENT = 2  # elements a rank: nccl_start_alignment_factor, stage_1_and_2.py
 BITSANDBYTES_FLOOR = 4096  # it keeps smaller tensors in 32 bits
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
@@ -107,7 +106,7 @@ def states(numel: int, s: Settings, group: str, pieces: list[int]) -> int:
         return 2 * numel * s.master
     if group == "norms" or (not s.ours and numel < BITSANDBYTES_FLOOR):
         return 2 * numel * 4
-    block, per_byte = BLOCKS[s.states]
+    block, per_byte = STATES[s.states]
     if s.ours:  # every piece begins with a block of its own
         blocks = sum(ceil(length / block) for length in pieces)
         return 2 * (blocks * block // per_byte + 4 * blocks)
@@ -170,13 +169,13 @@ def flat_numel(tensors, s) -> int:
     """Elements of a group's flat buffer: each tensor, padding between them if asked, the end aligned."""
     unit = _unit(s)
     numel = sum(ceil(t.numel / unit) * unit for t in tensors[:-1]) + tensors[-1].numel
-    step = (OUR_ALIGNMENT if s.ours else ALIGNMENT) * s.world
+    step = (ALIGNMENT if s.ours else DEEPSPEED_ALIGNMENT) * s.world
     return ceil(numel / step) * step
 
 
 def _unit(s) -> int:
     """Elements that a parameter's place in a flat buffer is a multiple of."""
-    return OUR_ALIGNMENT if s.ours else 16 // s.weight if s.parameter_alignment else 1
+    return ALIGNMENT if s.ours else 16 // s.weight if s.parameter_alignment else 1
 
 
 def pieces(tensors, part, s) -> list[int]:
@@ -244,7 +243,7 @@ def built(tensors, s) -> int:
 
 def shard(numel: int, s) -> int:
     """Elements of a parameter that a rank of ZeRO-3 has, with its padding."""
-    unit = OUR_ALIGNMENT if s.ours and s.world > 1 else 1
+    unit = ALIGNMENT if s.ours and s.world > 1 else 1
     return ceil(numel / (unit * s.world)) * unit
 
 

@@ -10,9 +10,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from sltrain_ds.data.dataset import IGNORED
 from sltrain_ds.errors import UserError
-
-CHUNK_BYTES = 16 << 20  # of fp32 logits; half as much in the weights' dtype lives beside them
-CUDA_CHUNK_BYTES, CUDA_MULTIPLE, CUDA_MOST = 128 << 20, 256, 1024  # tokens that fill the device; at least the multiple
+from sltrain_ds.formats import chunk_tokens
 
 # what models do to the head's logits, or add to their loss, outside of the head: config key -> values that do nothing
 _BESIDE_THE_HEAD = {
@@ -27,8 +25,8 @@ _BESIDE_THE_HEAD = {
 def use_chunked_loss(model) -> None:
     """Make `model(..., labels=)` compute its loss without the logits of all tokens at once, forward or backward.
 
-    `model` is a `transformers` causal LM. A chunk has at most CHUNK_BYTES of fp32 logits and is computed again in the
-    backward pass, where the head's gradient grows in one buffer. The call and the value stay those of transformers'
+    `model` is a `transformers` causal LM. A chunk has at most `formats.CHUNK_BYTES` of fp32 logits and is computed again
+    in the backward pass, where the head's gradient grows in one buffer. The call and the value stay those of transformers'
     own loss, but that `labels` and what else is not `input_ids` are given by name; logits are returned only where no
     labels are given. Raises `UserError` for a model whose logits or loss are not its head's alone.
     """
@@ -68,14 +66,6 @@ def use_chunked_loss(model) -> None:
         return CausalLMOutputWithPast(loss=total / count)
 
     model.forward = types.MethodType(forward, model)
-
-
-def chunk_tokens(vocabulary: int, device: str = "cpu") -> int:
-    """Tokens of a chunk; a GPU takes more at once, in whole tiles of its products."""
-    if device == "cuda":
-        fit = CUDA_CHUNK_BYTES // (4 * vocabulary)
-        return min(CUDA_MOST, max(CUDA_MULTIPLE, fit // CUDA_MULTIPLE * CUDA_MULTIPLE))
-    return max(1, CHUNK_BYTES // (4 * vocabulary))
 
 
 def _at_once(hidden: torch.Tensor) -> bool:

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch.nn.functional import pad
 
+from sltrain_ds.formats import STATES
 from sltrain_ds.ops import builder, cuda
 from sltrain_ds.ops.adam8bit import as_int64, dynamic_map, stepped, store
 
-BLOCK = 128  # values that share one absmax
-PER_BYTE = 2  # codes
+BLOCK, PER_BYTE = STATES["4bit"]
 PIECE = 1 << 22  # values the reference works on at a time: its temporaries take about 100 MB
 
 

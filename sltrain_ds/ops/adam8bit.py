@@ -19,10 +19,10 @@ import math
 import numpy as np
 import torch
 
+from sltrain_ds.formats import STATES
 from sltrain_ds.ops import builder, cuda
 
-BLOCK = 256  # values that share one absmax
-PER_BYTE = 1  # codes
+BLOCK, PER_BYTE = STATES["8bit"]
 _FIRST_BUCKET, _BUCKETS, _CARRY_BITS = 104 << 7, 23 * 128 + 1, 17  # as in csrc/adam8bit.h
 _MASK32, _MASK64 = (1 << 32) - 1, (1 << 64) - 1
 

@@ -22,6 +22,7 @@ from math import isqrt
 import numpy as np
 import torch
 
+from sltrain_ds import formats
 from sltrain_ds.errors import UserError
 
 GENERATOR_VERSION = 1
@@ -29,16 +30,12 @@ ROUNDS = 8  # of the Feistel network; four mix each half, far past what the stat
 SMALLEST_SIDE = 4  # of Z_a and Z_b: below it eight rounds leave tiny domains visibly uneven
 _MASK64 = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
+nnz_of = formats.nonzeros
 _CHUNK = 1 << 20  # positions drawn at a time, to bound the reference's temporaries
 
 
-def nnz_of(density: float, out_features: int, in_features: int) -> int:
-    """Number of non-zeros of an (out, in) support."""
-    return int(density * out_features * in_features)
-
-
 def column_dtype(in_features: int) -> torch.dtype:
-    return torch.uint16 if in_features <= 65536 else torch.int32
+    return torch.uint16 if formats.column_bytes(in_features) == 2 else torch.int32
 
 
 def keys(support_seed: int, layer_name: str) -> tuple[int, int]:

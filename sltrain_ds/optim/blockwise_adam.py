@@ -14,7 +14,6 @@ from sltrain_ds.errors import UserError
 from sltrain_ds.ops import adam4bit, adam8bit, cuda
 
 FORMATS = {"8bit": adam8bit, "4bit": adam4bit}
-ALIGNMENT = 256  # a segment's offset in its parameter is a multiple of this: a whole number of blocks in every format
 
 
 class Segment(NamedTuple):

@@ -22,8 +22,9 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch.nn.functional import pad
 
 from sltrain_ds.errors import UserError
+from sltrain_ds.formats import ALIGNMENT
 from sltrain_ds.ops.adam8bit import parameter_key
-from sltrain_ds.optim.blockwise_adam import ALIGNMENT, Segment
+from sltrain_ds.optim.blockwise_adam import Segment
 
 
 class Aligned:

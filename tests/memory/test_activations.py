@@ -7,8 +7,9 @@ import pytest
 torch = pytest.importorskip("torch")
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
-from sltrain_ds import loss, methods  # noqa: E402
-from sltrain_ds.memory.activations import CHUNK_BYTES, activations, block, head  # noqa: E402
+from sltrain_ds import methods  # noqa: E402
+from sltrain_ds.formats import CHUNK_BYTES  # noqa: E402
+from sltrain_ds.memory.activations import activations, block, head  # noqa: E402
 from sltrain_ds.memory.count import Shape, count  # noqa: E402
 from sltrain_ds.ops import modes  # noqa: E402
 
@@ -68,7 +69,3 @@ def test_terms_add_up():
     large = count(Shape.of({**FIELDS, "vocab_size": 32_000}))
     saved = activations(large, tokens, 2, False, False) - activations(large, tokens, 2, False, True)
     assert saved == 12 * 32_000 * tokens - 10 * 32_000 * (CHUNK_BYTES // (4 * 32_000))
-
-
-def test_chunks_are_those_of_the_loss():
-    assert CHUNK_BYTES == loss.CHUNK_BYTES

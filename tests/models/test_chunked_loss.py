@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from sltrain_ds import formats
 from sltrain_ds.data.dataset import IGNORED
 from sltrain_ds.errors import UserError
 from sltrain_ds.models import chunked_loss as loss
@@ -30,10 +31,10 @@ def result(of, **inputs):
 @pytest.mark.parametrize("count", [None, 17])
 @pytest.mark.parametrize("as_on_a_gpu", [False, True])
 def test_value_and_gradients_are_those_of_the_full_loss(monkeypatch, kind, count, as_on_a_gpu):
-    monkeypatch.setattr(loss, "CHUNK_BYTES", 4 * 300 * 7)  # 7 tokens a chunk, the last one shorter
+    monkeypatch.setattr(formats, "CHUNK_BYTES", 4 * 300 * 7)  # 7 tokens a chunk, the last one shorter
     monkeypatch.setattr(loss, "_at_once", lambda hidden: as_on_a_gpu)
-    monkeypatch.setattr(loss, "CUDA_MULTIPLE", 7)
-    monkeypatch.setattr(loss, "CUDA_MOST", 7)
+    monkeypatch.setattr(formats, "CUDA_MULTIPLE", 7)
+    monkeypatch.setattr(formats, "CUDA_MOST", 7)
     ids = torch.randint(300, (2, 16))
     labels = ids.clone()
     labels[0, 3:12] = IGNORED  # a whole chunk without a target
@@ -49,9 +50,8 @@ def test_value_and_gradients_are_those_of_the_full_loss(monkeypatch, kind, count
 
 
 def test_chunks_on_a_gpu_are_whole_tiles():
-    assert [loss.chunk_tokens(vocabulary, "cuda") for vocabulary in (300, 32_000, 128_256, 1_000_000)] == [1024] * 2 + [
-        256
-    ] * 2
+    found = [formats.chunk_tokens(vocabulary, "cuda") for vocabulary in (300, 32_000, 128_256, 1_000_000)]
+    assert found == [1024, 1024, 256, 256]
 
 
 def test_gradients_formed_in_forward_serve_once_and_cost_nothing_without_a_backward(monkeypatch):
