@@ -16,7 +16,7 @@ import torch
 from torch.nn.functional import pad
 
 from sltrain_ds.formats import STATES
-from sltrain_ds.ops import builder, cuda
+from sltrain_ds.ops import builder, cuda, cuda_checks
 from sltrain_ds.ops.adam8bit import as_int64, dynamic_map, stepped, store
 
 BLOCK, PER_BYTE = STATES["4bit"]
@@ -75,7 +75,7 @@ def adam4bit_reference(
     seed, key, offset, grad_scale,
 ):  # fmt: skip
     """The same step in PyTorch: what the kernels are tested against, and what serves where they are missing."""
-    cuda.check_adam4bit(p, g, m4, v4, absmax_m, absmax_v, tables, step, offset)
+    cuda_checks.check_adam4bit(p, g, m4, v4, absmax_m, absmax_v, tables, step, offset)
     signed, signed_bounds, unsigned, unsigned_bounds = tables.split((16, 15, 16, 15))
     whole, gradient = p.view(-1), g.view(-1)
     for first in range(0, p.numel(), PIECE):

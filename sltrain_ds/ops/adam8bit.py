@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from sltrain_ds.formats import STATES
-from sltrain_ds.ops import builder, cuda
+from sltrain_ds.ops import builder, cuda, cuda_checks
 
 BLOCK, PER_BYTE = STATES["8bit"]
 _FIRST_BUCKET, _BUCKETS, _CARRY_BITS = 104 << 7, 23 * 128 + 1, 17  # as in csrc/adam8bit.h
@@ -91,7 +91,7 @@ def adam8bit_reference(
 
     Takes the operator's arguments; of ``tables`` it uses the maps and searches them by bisection.
     """
-    cuda.check_adam(p, g, m8, v8, absmax_m, absmax_v, tables, step, offset)
+    cuda_checks.check_adam(p, g, m8, v8, absmax_m, absmax_v, tables, step, offset)
     signed, unsigned = tables[:512].view(torch.float32).split(256)
     m, v = _dequantize(m8, absmax_m, signed), _dequantize(v8, absmax_v, unsigned)
     wide, m, v = stepped(p, g, m, v, lr, beta1, beta2, eps, weight_decay, decoupled, step, grad_scale)

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 from sltrain_ds.ops import build_lock, builder, cuda_build, sources
+from sltrain_ds.ops.cuda_checks import CHECKS, DTYPES, check_support, require, step_and_offset
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # as in csrc/cuda/launchers.h
 _ADAM_TENSOR = struct.Struct("=6Q5q6d2i")  # sltrain_adam_tensor of csrc/cuda/launchers.h
 
 _state = None  # (Kernels | None, the library's path or the reason)
@@ -42,11 +42,6 @@ def status() -> tuple[bool, str]:
         return True, str(fitting[0] if fitting else _cached())
     refused = "; ".join(f"{path} is not used: {problem}" for path, problem in found.items())
     return False, f"{refused or f'no {cuda_build.LIBRARY} was built ahead of time'}, and nvcc was not found"
-
-
-def supports(*tensors: torch.Tensor) -> bool:
-    """Whether the kernels know the dtypes of W and the values: float32 and bfloat16."""
-    return all(tensor.dtype in DTYPES for tensor in tensors)
 
 
 def scatter_add_(W, rows, columns, values) -> None:
@@ -109,7 +104,7 @@ class Kernels:
         return self._words(code) if code else None
 
     def scatter_add_(self, W, rows, columns, values):
-        _check_support(W, rows, columns, values)
+        check_support(W, rows, columns, values)
         self._call(
             self._library.sltrain_cuda_scatter_add,
             *(W.data_ptr(), DTYPES[W.dtype], rows.data_ptr(), columns.data_ptr(), columns.element_size()),
@@ -117,7 +112,7 @@ class Kernels:
         )
 
     def gather(self, out, W, rows, columns):
-        _check_support(W, rows, columns, out)
+        check_support(W, rows, columns, out)
         self._call(
             self._library.sltrain_cuda_gather,
             *(out.data_ptr(), DTYPES[out.dtype], W.data_ptr(), DTYPES[W.dtype]),
@@ -135,8 +130,8 @@ class Kernels:
             return
         first, packed = steps[0], bytearray(_ADAM_TENSOR.size * len(steps))
         for i, (p, g, m, v, absmax_m, absmax_v, scalars) in enumerate(steps):
-            _require(p.dtype == first[0].dtype and g.dtype == first[1].dtype, f"adam{states}: dtypes differ in a call")
-            _CHECKS[states](p, g, m, v, absmax_m, absmax_v, tables, *_step_and_offset(scalars))
+            require(p.dtype == first[0].dtype and g.dtype == first[1].dtype, f"adam{states}: dtypes differ in a call")
+            CHECKS[states](p, g, m, v, absmax_m, absmax_v, tables, *step_and_offset(scalars))
             lr, beta1, beta2, eps, weight_decay, decoupled, step, stochastic, seed, key, offset, own_scale = scalars
             absmax = (0, 0) if absmax_m is None else (absmax_m.data_ptr(), absmax_v.data_ptr())
             _ADAM_TENSOR.pack_into(
@@ -267,87 +262,3 @@ def _where(tensor):
         return 0, None
     index = tensor.device.index
     return index, torch._C._cuda_getCurrentRawStream(index)  # no Stream object for it: this runs in every call
-
-
-def _check_support(W, rows, columns, values):
-    tensors = (W, rows, columns, values)
-    _require(W.dim() == 2, "W must be a matrix")
-    _require(rows.dtype == torch.int32 and rows.numel() == W.shape[0] + 1, "S_rows must be int32 (out + 1,)")
-    _require(columns.dtype in (torch.uint16, torch.int32), "S_columns must be uint16 or int32")
-    _require(values.numel() == columns.numel(), "S_columns and the values differ in length")
-    _require(supports(W, values), f"the CUDA kernels take float32 and bfloat16, got {W.dtype} and {values.dtype}")
-    _require(all(tensor.is_contiguous() for tensor in tensors), "W and the support must be contiguous")
-    _require(all(tensor.device == W.device for tensor in tensors), "W and the support must be on one device")
-
-
-def check_adam(p, g, m8, v8, absmax_m, absmax_v, tables, step, offset):
-    """RuntimeError unless the 8-bit Adam step can take these; csrc/adam8bit.cpp checks the same."""
-    tensors, blocks = (p, g, m8, v8, absmax_m, absmax_v, tables), -(-p.numel() // 256)
-    _require(supports(p, g), f"adam8bit: parameter and gradient must be float32 or bfloat16, got {p.dtype}, {g.dtype}")
-    _require(m8.dtype == v8.dtype == torch.uint8, "adam8bit: states must be uint8")
-    _require(
-        absmax_m.dtype == absmax_v.dtype == torch.float32 and absmax_m.numel() == absmax_v.numel() == blocks,
-        f"adam8bit: absmax must be float32 ({blocks},)",
-    )
-    _require(
-        g.numel() == m8.numel() == v8.numel() == p.numel(), "adam8bit: parameter, gradient and states differ in size"
-    )
-    _require(tables.dtype == torch.int32 and tables.numel() == 6402, "adam8bit: tables must be int32 (6402,)")
-    _require(
-        all(tensor.is_contiguous() and tensor.device == p.device for tensor in tensors),
-        "adam8bit: tensors must be contiguous, on one device",
-    )
-    _require(step >= 1, f"adam8bit: steps count from 1, got {step}")
-    _require(
-        offset >= 0 and offset % 256 == 0,
-        f"adam8bit: offset must be a multiple of 256, where a block begins, got {offset}",
-    )
-
-
-def check_adam4bit(p, g, m4, v4, absmax_m, absmax_v, tables, step, offset):
-    """RuntimeError unless the 4-bit Adam step can take these; csrc/adam4bit.cpp checks the same."""
-    tensors, codes, blocks = (p, g, m4, v4, absmax_m, absmax_v, tables), -(-p.numel() // 2), -(-p.numel() // 128)
-    _require(supports(p, g), f"adam4bit: parameter and gradient must be float32 or bfloat16, got {p.dtype}, {g.dtype}")
-    _require(g.numel() == p.numel(), "adam4bit: parameter and gradient differ in size")
-    _require(
-        m4.dtype == v4.dtype == torch.uint8 and m4.numel() == v4.numel() == codes,
-        f"adam4bit: states must be uint8 ({codes},)",
-    )
-    _require(
-        absmax_m.dtype == absmax_v.dtype == torch.float32 and absmax_m.numel() == absmax_v.numel() == blocks,
-        f"adam4bit: absmax must be float32 ({blocks},)",
-    )
-    _require(tables.dtype == torch.float32 and tables.numel() == 62, "adam4bit: tables must be float32 (62,)")
-    _require(
-        all(tensor.is_contiguous() and tensor.device == p.device for tensor in tensors),
-        "adam4bit: tensors must be contiguous, on one device",
-    )
-    _require(step >= 1, f"adam4bit: steps count from 1, got {step}")
-    _require(offset >= 0 and offset % 256 == 0, f"adam4bit: offset must be a multiple of 256, got {offset}")
-
-
-def check_adam32bit(p, g, m, v, absmax_m, absmax_v, tables, step, offset):
-    """RuntimeError unless the Adam step with float32 moments can take these."""
-    tensors = (p, g, m, v)
-    _require(supports(p, g), f"adam32bit: parameter and gradient must be float32 or bfloat16, got {p.dtype}, {g.dtype}")
-    _require(m.dtype == v.dtype == torch.float32, "adam32bit: moments must be float32")
-    _require(all(tensor.numel() == p.numel() for tensor in tensors), "adam32bit: tensors differ in size")
-    _require(
-        all(tensor.is_contiguous() and tensor.device == p.device for tensor in tensors),
-        "adam32bit: tensors must be contiguous, on one device",
-    )
-    _require(step >= 1, f"adam32bit: steps count from 1, got {step}")
-    _require(offset >= 0 and offset % 256 == 0, f"adam32bit: offset must be a multiple of 256, got {offset}")
-
-
-_CHECKS = {"8bit": check_adam, "4bit": check_adam4bit, "32bit": check_adam32bit}
-
-
-def _step_and_offset(scalars):
-    """Of the operator's: lr, beta1, beta2, eps, weight_decay, decoupled, step, stochastic, seed, key, offset, ..."""
-    return scalars[6], scalars[10]
-
-
-def _require(holds, line):
-    if not holds:
-        raise RuntimeError(line)

@@ -7,7 +7,7 @@ says once where they are not), else a few lines of PyTorch with the same results
 
 import torch
 
-from sltrain_ds.ops import builder, cuda, support
+from sltrain_ds.ops import builder, cuda, cuda_checks, support
 
 
 def scatter_add_(W: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, values: torch.Tensor) -> None:
@@ -39,4 +39,4 @@ def gather(W: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, out: torc
 
 def on_cuda(W: torch.Tensor, values: torch.Tensor) -> bool:
     """Whether the CUDA kernels serve these."""
-    return W.device.type == "cuda" and cuda.supports(W, values) and cuda.load()
+    return W.device.type == "cuda" and cuda_checks.supports(W, values) and cuda.load()

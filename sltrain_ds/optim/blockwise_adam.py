@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from sltrain_ds.errors import UserError
-from sltrain_ds.ops import adam4bit, adam8bit, cuda
+from sltrain_ds.ops import adam4bit, adam8bit, cuda, cuda_checks
 
 FORMATS = {"8bit": adam8bit, "4bit": adam4bit}
 
@@ -79,7 +79,7 @@ class BlockwiseAdam(torch.optim.Optimizer):
         """Step the tensors of `pairs`, (tensor, gradient), times `self.gradient_scale`: one launch on a GPU."""
         together: dict[tuple, list] = {}  # of one dtype and device, where the CUDA kernels serve
         for p, grad in pairs:
-            if p.device.type == "cuda" and cuda.supports(p, grad) and cuda.load():
+            if p.device.type == "cuda" and cuda_checks.supports(p, grad) and cuda.load():
                 together.setdefault((p.dtype, grad.dtype, p.device), []).extend(self._steps(p, grad, group))
             else:
                 self.update(p, grad if self.gradient_scale is None else grad * self.gradient_scale, group)
