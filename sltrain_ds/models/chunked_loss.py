@@ -26,9 +26,9 @@ def use_chunked_loss(model) -> None:
     """Make `model(..., labels=)` compute its loss without the logits of all tokens at once, forward or backward.
 
     `model` is a `transformers` causal LM. A chunk has at most `formats.CHUNK_BYTES` of fp32 logits. It is computed
-    again in the backward pass, where the head's gradient grows in one buffer. Arguments other than `input_ids` are given by
-    name; the call and the value are otherwise those of transformers' own loss. Logits are returned only where no labels
-    are given. Raises `UserError` for a model whose logits or loss are not its head's alone.
+    again in the backward pass, where the head's gradient grows in one buffer. Arguments other than `input_ids` are
+    given by name; the call and the value are otherwise those of transformers' own loss. Logits are returned only where
+    no labels are given. Raises `UserError` for a model whose logits or loss are not its head's alone.
     """
     for key, harmless in _BESIDE_THE_HEAD.items():
         value = getattr(model.config.get_text_config(), key, None)
