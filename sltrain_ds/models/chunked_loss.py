@@ -131,11 +131,13 @@ class _FormedInForward(torch.autograd.Function):
             wide = (part @ weight.t()).float()
             at = target.where(kept, 0).unsqueeze(1)
             chosen = wide.gather(1, at)
-            norm = wide.logsumexp(1, keepdim=True)
-            total += ((norm - chosen) * kept.unsqueeze(1)).sum()
+            most = wide.amax(1, keepdim=True)
+            wide.sub_(most).exp_()  # in place: torch.logsumexp would take a second chunk
+            sums = wide.sum(1, keepdim=True)
+            total += ((sums.log() + most - chosen) * kept.unsqueeze(1)).sum()
             if not (need_hidden or need_weight):
                 continue
-            wide.sub_(norm).exp_()
+            wide.div_(sums)
             wide[torch.arange(len(target), device=target.device), at.squeeze(1)] -= 1.0  # also where only deterministic
             d_logits = wide.mul_((kept * inverse).unsqueeze(1)).to(weight.dtype)
             del wide
