@@ -11,18 +11,21 @@ Where whole passes would take too long, slices of the layer are timed and scaled
 micro-batch of "keep_step" takes, on average over n of them, what "held" takes and an n-th of what "keep" takes more.
 """
 
+import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from sltrain_ds.ops import keep_step, sltrain_linear, spmm, support, timing, workspace
 
 SECONDS = 0.8  # that a layer may take to measure, about
-ROUNDS = 9  # at most, after one to warm up
+ROUNDS = 50  # at most, after one to warm up
 BURST = 0.002  # seconds that a measurement takes at least
+CACHE, COPIES = 32 << 20, 8  # passes take turns among layers of so many bytes together, COPIES of them at most
 CLEARLY = (3.0, 1.5)  # times the best after the warm-up, and after any later round: clearly slower
+SHORT = 0.05  # of the seconds: a warm-up's time up to which it tells nothing, since first calls allocate
 _SPARSE = 8  # times a dense one: an operation of the sparse products, roughly; decides about slices alone
 
 
@@ -55,6 +58,8 @@ def measure(layer: Layer, names: list[str], seconds: float = SECONDS, timer=timi
     """
     try:
         with torch.enable_grad():
+            for name in names:  # what a process does once, such as to load libraries, is no layer's cost
+                _one_pass(_tiny(layer), name, 8, 8, 1)()
             return race(*_parts(layer, names, _rate(layer, timer), seconds), seconds, layer.device, timer)
     finally:
         workspace.release()
@@ -102,6 +107,8 @@ def race(
         if number == 0:  # the first call allocates
             calls = {part: max(1, math.ceil(BURST / max(fewest[part], 1e-9))) for part in parts}
         limit = CLEARLY[number > 0] * min(total(name) for name in left if name != "held")
+        if number == 0:
+            limit = max(limit, SHORT * seconds)
         left = [name for name in left if total(name) <= limit]
         if sum(name != "held" for name in left) < 2:
             break
@@ -171,8 +178,22 @@ def _rate(layer, timer) -> float:
     return rate
 
 
+def _tiny(layer):
+    return replace(layer, out_features=8, in_features=8, rank=1, nnz=8, tokens=8)
+
+
 def _pass(layer, name, rows, tokens, forwards):
-    """A call that does forward and backward of the first `rows` rows of the layer's W, on so many tokens."""
+    """A call that does forward and backward of the first `rows` rows of the layer's W, on so many tokens.
+
+    As in a model, the next call finds other weights, which the caches do not hold.
+    """
+    numbers = (rows + layer.in_features) * (2 * tokens + layer.rank)
+    copies = max(1, min(COPIES, CACHE // (numbers * layer.dtype.itemsize)))
+    turns = itertools.cycle([_one_pass(layer, name, rows, tokens, forwards) for _ in range(copies)])
+    return lambda: next(turns)()
+
+
+def _one_pass(layer, name, rows, tokens, forwards):
     factory = {"dtype": layer.dtype, "device": layer.device}
     in_, rank = layer.in_features, layer.rank
     nnz = layer.nnz * rows // layer.out_features
