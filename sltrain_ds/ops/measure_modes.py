@@ -23,7 +23,7 @@ from sltrain_ds.ops import keep_step, sltrain_linear, spmm, support, timing, wor
 SECONDS = 0.8  # that a layer may take to measure, about
 ROUNDS = 50  # at most, after one to warm up
 BURST = 0.002  # seconds that a measurement takes at least
-CACHE, COPIES = 32 << 20, 8  # passes take turns among layers of so many bytes together, COPIES of them at most
+CACHE, COPIES = 16 << 20, 8  # bytes of the copies of a layer that take turns; how many at most
 CLEARLY = (3.0, 1.5)  # times the best after the warm-up, and after any later round: clearly slower
 SHORT = 0.05  # of the seconds: a warm-up's time up to which it tells nothing, since first calls allocate
 _SPARSE = 8  # times a dense one: an operation of the sparse products, roughly; decides about slices alone
@@ -58,8 +58,9 @@ def measure(layer: Layer, names: list[str], seconds: float = SECONDS, timer=timi
     """
     try:
         with torch.enable_grad():
+            tiny = replace(layer, out_features=8, in_features=8, rank=1, nnz=8, tokens=8)
             for name in names:  # what a process does once, such as to load libraries, is no layer's cost
-                _one_pass(_tiny(layer), name, 8, 8, 1)()
+                _pass(_Copies(tiny), name, 8, 8, 1)()
             return race(*_parts(layer, names, _rate(layer, timer), seconds), seconds, layer.device, timer)
     finally:
         workspace.release()
@@ -117,10 +118,10 @@ def race(
 
 def _parts(layer, names, rate, seconds):
     """(part -> call, name -> {part: how often it counts}), for passes that together take some `seconds` at most."""
-    tokens, out = layer.tokens, layer.out_features
+    tokens, out, copies = layer.tokens, layer.out_features, _Copies(layer)
     forwards = 1 + layer.recomputed
     if sum(_operations(layer, name) for name in names) / rate <= seconds / 3:
-        runs = {name: _pass(layer, name, out, tokens, forwards) for name in names}
+        runs = {name: _pass(copies, name, out, tokens, forwards) for name in names}
         return runs, {name: {name: 1.0} for name in names}
     whole = [name for name in names if name.startswith("factored")]
     of_W = [name for name in names if name not in whole]
@@ -130,14 +131,14 @@ def _parts(layer, names, rate, seconds):
     runs, sums = {}, {}
     for name in whole:
         slope = (tokens - few) / max(1, many - few)
-        runs |= {f"{name} {count}": _pass(layer, name, out, count, forwards) for count in (few, many)}
+        runs |= {f"{name} {count}": _pass(copies, name, out, count, forwards) for count in (few, many)}
         sums[name] = {f"{name} {many}": slope, f"{name} {few}": 1 - slope} if many > few else {f"{name} {few}": 1.0}
     if of_W:
-        runs["held"] = _pass(layer, "held", rows, many, forwards)
+        runs["held"] = _pass(copies, "held", rows, many, forwards)
     for name in of_W:
         sums[name] = {"held": out / rows * (tokens - (name != "held") * few) / many}
         if name != "held":
-            runs[name] = _pass(layer, name, rows, few, forwards)
+            runs[name] = _pass(copies, name, rows, few, forwards)
             sums[name][name] = out / rows
     return runs, sums
 
@@ -178,31 +179,44 @@ def _rate(layer, timer) -> float:
     return rate
 
 
-def _tiny(layer):
-    return replace(layer, out_features=8, in_features=8, rank=1, nnz=8, tokens=8)
+class _Copies:
+    """The tensors of a layer's passes, which all modes share.
 
-
-def _pass(layer, name, rows, tokens, forwards):
-    """A call that does forward and backward of the first `rows` rows of the layer's W, on so many tokens.
-
-    As in a model, the next call finds other weights, which the caches do not hold.
+    As in a model, a call finds other ones than the call before: several copies take turns, so many that the caches do
+    not hold them all.
     """
-    numbers = (rows + layer.in_features) * (2 * tokens + layer.rank)
-    copies = max(1, min(COPIES, CACHE // (numbers * layer.dtype.itemsize)))
-    turns = itertools.cycle([_one_pass(layer, name, rows, tokens, forwards) for _ in range(copies)])
+
+    def __init__(self, layer: Layer):
+        self.layer, self._drawn = layer, {}
+
+    def of(self, rows: int, tokens: int) -> list[tuple]:
+        """(linear's arguments up to the bias, dy) of the first `rows` rows of W, on so many tokens."""
+        if (rows, tokens) not in self._drawn:
+            numbers = (rows + self.layer.in_features) * (2 * tokens + self.layer.rank)
+            count = max(1, min(COPIES, CACHE // (numbers * self.layer.dtype.itemsize)))
+            self._drawn[rows, tokens] = [self._draw(rows, tokens) for _ in range(count)]
+        return self._drawn[rows, tokens]
+
+    def _draw(self, rows, tokens):
+        layer = self.layer
+        factory = {"dtype": layer.dtype, "device": layer.device}
+        in_, rank, nnz = layer.in_features, layer.rank, layer.nnz * rows // layer.out_features
+        pointers, columns = (t.to(layer.device) for t in support.sample(rows, in_, nnz, 0, "measured"))
+        A, B = _filled((rank, in_), **factory).requires_grad_(), _filled((rows, rank), **factory).requires_grad_()
+        values = _filled((nnz,), **factory).requires_grad_()
+        bias = _filled((rows,), **factory).requires_grad_() if layer.bias else None
+        x = _filled((tokens, in_), **factory).requires_grad_()
+        return (x, A, B, values, pointers, columns, rank**-0.5, bias), _filled((tokens, rows), **factory)
+
+
+def _pass(copies, name, rows, tokens, forwards):
+    """A call that does forward and backward of the first `rows` rows of the layer's W, on so many tokens."""
+    turns = itertools.cycle([_one_pass(*one, name, forwards) for one in copies.of(rows, tokens)])
     return lambda: next(turns)()
 
 
-def _one_pass(layer, name, rows, tokens, forwards):
-    factory = {"dtype": layer.dtype, "device": layer.device}
-    in_, rank = layer.in_features, layer.rank
-    nnz = layer.nnz * rows // layer.out_features
-    pointers, columns = (t.to(layer.device) for t in support.sample(rows, in_, nnz, 0, "measured"))
-    A, B = _filled((rank, in_), **factory).requires_grad_(), _filled((rows, rank), **factory).requires_grad_()
-    values = _filled((nnz,), **factory).requires_grad_()
-    bias = _filled((rows,), **factory).requires_grad_() if layer.bias else None
-    x, dy = _filled((tokens, in_), **factory).requires_grad_(), _filled((tokens, rows), **factory)
-    arguments = (x, A, B, values, pointers, columns, rank**-0.5, bias)
+def _one_pass(arguments, dy, name, forwards):
+    x, A, B, values, *_, bias = arguments
     wanted = [x, A, B, values, *([] if bias is None else [bias])]
 
     def forward():
