@@ -105,11 +105,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             del wide
             if need_hidden:
                 torch.mm(d_logits, weight, out=d_hidden[start : start + tokens])
-            if need_weight and d_weight is None:
-                d_weight = d_logits.t() @ part
-            elif need_weight:
-                d_weight.addmm_(d_logits.t(), part)
+            if need_weight:
+                d_weight = _with_product(d_weight, d_logits, part)
         return d_hidden, d_weight, None, None
+
+
+def _with_product(total, d_logits, hidden):
+    """total + d_logits^T hidden, in place; None stands for a total of nothing."""
+    return d_logits.t() @ hidden if total is None else total.addmm_(d_logits.t(), hidden)
 
 
 class _FormedInForward(torch.autograd.Function):
@@ -143,10 +146,8 @@ class _FormedInForward(torch.autograd.Function):
             del wide
             if need_hidden:
                 torch.mm(d_logits, weight, out=d_hidden[start : start + tokens])
-            if need_weight and d_weight is None:
-                d_weight = d_logits.t() @ part
-            elif need_weight:
-                d_weight.addmm_(d_logits.t(), part)
+            if need_weight:
+                d_weight = _with_product(d_weight, d_logits, part)
         ctx.gradients = d_hidden, d_weight
         return total * inverse
 
