@@ -30,7 +30,7 @@ int sltrain_cuda_gather(void* out, int out_dtype, const void* W, int W_dtype, co
                         int column_bytes, int64_t out_features, int64_t in_features, int device, void* stream);
 
 // A tensor and what its step of the blockwise Adam needs: the arguments of sltrain::adam8bit_step_. With 32-bit states m
-// and v are float and there is no absmax. Packed by sltrain_ds/ops/cuda_kernels.py.
+// and v are float and there is no absmax. Packed by sltrain_ds/ops/cuda.py.
 struct sltrain_adam_tensor {
   void* p;
   const void* g;

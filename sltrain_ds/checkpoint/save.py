@@ -19,7 +19,7 @@ from sltrain_ds.methods.supports import supports
 
 
 def save(engine, run, step: int, tokens: int) -> Path:
-    """Write checkpoints/step_XXXXXXXX on all ranks, then drop the oldest beyond `checkpoint.keep`.
+    """Write checkpoints/step_NNNNNNNN on all ranks, then drop the oldest beyond `checkpoint.keep`.
 
     Raises `UserError` where the disk is full; what is there of the folder then is no checkpoint to `--resume latest`.
     """

@@ -26,7 +26,7 @@ class Settings:
     master: int  # bytes of a master
     accumulate: int  # bytes of an accumulated gradient
     states: str  # "32bit", "8bit" or "4bit"
-    ours: bool  # partitions of zero/aligned.py, states of blockwise_adam.py
+    ours: bool  # partitions of zero/aligned.py, states of optim/blockwise_adam.py
     accumulation: int
     reduce_bucket: int
     overlap: bool

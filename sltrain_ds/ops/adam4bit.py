@@ -67,7 +67,7 @@ def adam4bit_step_(
         adam4bit_reference(*arguments)
 
 
-step_ = adam4bit_step_  # what blockwise_adam.py calls in each of its formats
+step_ = adam4bit_step_  # what optim/blockwise_adam.py calls in each of its formats
 
 
 def adam4bit_reference(

@@ -80,7 +80,7 @@ def adam8bit_step_(
         adam8bit_reference(*arguments)
 
 
-step_ = adam8bit_step_  # what blockwise_adam.py calls in each of its formats
+step_ = adam8bit_step_  # what optim/blockwise_adam.py calls in each of its formats
 
 
 def adam8bit_reference(

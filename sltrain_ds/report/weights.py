@@ -1,7 +1,7 @@
 """Trained weights of a run, matrix by matrix: W, and where its layers tell them apart, the low-rank part and S.
 
 From the newest complete checkpoint of a run directory, else from its export/; also from a model directory itself,
-converted (see converted.py) or plain Hugging Face. Nothing is resident but the matrix asked for.
+converted (see models/converted.py) or plain Hugging Face. Nothing is resident but the matrix asked for.
 """
 
 import copy
