@@ -56,7 +56,7 @@ def _train(args) -> int:
     from sltrain_ds.memory.table import meter_table
     from sltrain_ds.training import loop
     from sltrain_ds.training.engine import make_engine
-    from sltrain_ds.zero.start import start
+    from sltrain_ds.zero.start import leave, start
 
     quiet()
     found = checkpoint.find(args.resume, run) if args.resume else None
@@ -92,8 +92,7 @@ def _train(args) -> int:
             print(meter_table(meter.read(), meter.peaks, run), flush=True)
     finally:
         engine.destroy()
-        # else a rank may abort while Python shuts down, its communication threads still running
-        torch.distributed.destroy_process_group()
+        leave()
     return 0
 
 

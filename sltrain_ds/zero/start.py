@@ -8,6 +8,7 @@ from pathlib import Path
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import groups
 
 from sltrain_ds.memory.segments import grow_segments
 from sltrain_ds.ops import builder
@@ -34,13 +35,21 @@ def start() -> None:
         deepspeed.init_distributed()
     _unname_shared_memory()
     if get_accelerator().device_name() == "cpu":
-        atexit.register(_part)
+        atexit.register(leave)
 
 
-def _part() -> None:
-    """End gloo's threads while Python runs: one that outlives it aborts the process, and its exit code is lost."""
+def leave() -> None:
+    """Destroy the process groups, which ends gloo's threads; a second call does nothing.
+
+    A thread that is still running while Python shuts down can abort the process, and its exit code is lost. DeepSpeed
+    clones the world group (deepspeed/utils/groups.py:723, 0.19.8), and its module variable keeps the clone's threads
+    running after `destroy_process_group`.
+    """
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+    for name, value in vars(groups).items():
+        if isinstance(value, torch.distributed.ProcessGroup):
+            setattr(groups, name, None)
 
 
 def _unname_shared_memory() -> None:

@@ -20,6 +20,7 @@ from sltrain_ds.checkpoint.safe_load import safe_checkpoint_engine
 from sltrain_ds.optim.blockwise_adam import BlockwiseAdam
 from sltrain_ds.zero.aligned import partition_aligned
 from sltrain_ds.zero.engine_swap import zero_classes
+from sltrain_ds.zero.start import leave
 
 TAG = "step_00000003"
 
@@ -149,4 +150,4 @@ if __name__ == "__main__":
     deepspeed.init_distributed()
     for case in arguments[1:]:
         run(arguments[0], case)
-    torch.distributed.destroy_process_group()
+    leave()

@@ -27,7 +27,7 @@ from sltrain_ds.training.loop import optimizer_step
 from sltrain_ds.zero import initialize as initialize_module
 from sltrain_ds.zero.engine_swap import zero_classes
 from sltrain_ds.zero.grad_norm import GradNorm
-from sltrain_ds.zero.start import start
+from sltrain_ds.zero.start import leave, start
 
 
 def train(run, wrong_lr=False, same_batches=False):
@@ -132,4 +132,4 @@ if __name__ == "__main__":
     if deepspeed.comm.get_rank() == 0:
         Path(out).write_text(json.dumps(result))
     deepspeed.comm.barrier()
-    torch.distributed.destroy_process_group()  # else a rank may abort while Python shuts down
+    leave()

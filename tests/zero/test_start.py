@@ -24,15 +24,19 @@ def test_the_shared_memory_of_another_user_stays(monkeypatch, tmp_path):
     assert [place for place, path in names.items() if not path.exists()] == [f"{user}_127.0.0.1_29500_0"]
 
 
-def test_the_process_group_is_gone_when_python_ends():
-    """What is registered first runs last: it sees what the start's own hook has left."""
+def test_no_communication_thread_is_left_when_python_ends():
+    """DeepSpeed's clone of the world group included. What is registered first runs last: it sees what `leave` left."""
     process = subprocess.run(
-        [sys.executable, "-c", "import atexit, torch\n"
-         "atexit.register(lambda: print('alive at the end:', torch.distributed.is_initialized()))\n"
+        [sys.executable, "-c", "import atexit, glob, torch\n"
+         "gloo = lambda: sum('gloo' in open(path).read() for path in glob.glob('/proc/self/task/*/comm'))\n"
+         "atexit.register(lambda: print('alive at the end:', torch.distributed.is_initialized(), gloo()))\n"
          "from sltrain_ds.zero.start import start\n"
+         "from deepspeed.utils import groups\n"
          "start()\n"
-         "assert torch.distributed.is_initialized()\n"],
+         "before = gloo()\n"
+         "groups._clone_world_group()\n"
+         "assert torch.distributed.is_initialized() and gloo() > before > 0\n"],
         env={**os.environ, "DS_ACCELERATOR": "cpu"}, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert process.returncode == 0, process.stderr[-2000:]
-    assert process.stdout.splitlines()[-1] == "alive at the end: False"
+    assert process.stdout.splitlines()[-1] == "alive at the end: False 0"

@@ -20,7 +20,7 @@ from sltrain_ds.config import from_dict
 from sltrain_ds.models import build as models
 from sltrain_ds.zero.initialize import initialize, partitioner
 from sltrain_ds.zero.per_layer import clipping
-from sltrain_ds.zero.start import start
+from sltrain_ds.zero.start import leave, start
 
 
 def held(model) -> list[torch.Tensor]:
@@ -59,4 +59,4 @@ if __name__ == "__main__":
     if deepspeed.comm.get_rank() == 0:
         Path(out).write_text(json.dumps(result))
     deepspeed.comm.barrier()
-    torch.distributed.destroy_process_group()
+    leave()
