@@ -5,6 +5,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
+from sltrain_ds.extensions import FORM
+
 from .op_mode import SCHEMA as OP_MODE_SCHEMA
 from .op_mode import check_op_mode
 from .presets import PRESETS
@@ -205,6 +207,17 @@ class Eval(Block):
     )
 
 
+class CallbackEntry(Block):
+    """A callback of the user's: a subclass of `sltrain_ds.training.callbacks.Callback`."""
+
+    name: str = Field(pattern=rf"^{FORM}$", description='the class, as "package.module:Class"')
+    options: dict[str, Any] = Field({}, description="keyword arguments that it is made with")
+
+
+def _callback(value):
+    return {"name": value} if isinstance(value, str) else value
+
+
 class Checkpoint(Block):
     """Checkpoints of the run."""
 
@@ -249,6 +262,9 @@ class SLTrainBlock(Block):
     run_dir: str = Field("auto", min_length=1, description="where the run is written; auto: runs/<name of this file>")
     eval: Eval = Field(Eval(), description="validation during the run")
     checkpoint: Checkpoint = Field(Checkpoint(), description="checkpoints")
+    callbacks: list[Annotated[CallbackEntry, BeforeValidator(_callback)]] = Field(
+        [], description='callbacks of your own, "package.module:Class" or {"name": ..., "options": {...}}'
+    )
 
 
 def key_tree(model: type[BaseModel] = SLTrainBlock) -> dict:

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from pydantic.json_schema import GenerateJsonSchema
 
+from sltrain_ds.extensions import FORM
+
 from .block import Checkpoint, Data, Eval, FullRank, LlamaFields, LowRank, Model, Precision, SLTrain, SLTrainBlock
 from .deepspeed_keys import ADAM, DEEPSPEED, OPTIMIZERS, SCHEDULERS, VERSION
 from .tree import SIZE_LIMIT
@@ -29,6 +31,8 @@ def schema():
     model = definitions["Model"]
     model["properties"]["config"] |= {"anyOf": [{"$ref": "#/$defs/LlamaFields"}, {"type": "null"}]}
     model["oneOf"] = [{"required": [name]} for name in ("preset", "config", "path")]
+    by_name = {"type": "string", "pattern": f"^{FORM}$"}
+    block["properties"]["callbacks"]["items"] = {"anyOf": [by_name, {"$ref": "#/$defs/CallbackEntry"}]}
     deepspeed = _node(DEEPSPEED)["properties"]
     deepspeed["optimizer"]["properties"] |= {"type": {"enum": list(OPTIMIZERS)}, "params": _node(ADAM)}
     deepspeed["scheduler"]["properties"] |= {
