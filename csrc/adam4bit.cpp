@@ -4,7 +4,6 @@
 #include "adam_block.h"
 
 #include <ATen/Parallel.h>
-#include <torch/library.h>
 
 namespace sltrain {
 namespace {
@@ -169,6 +168,8 @@ void check(const at::Tensor& p, const at::Tensor& g, const at::Tensor& m4, const
               offset);
 }
 
+}  // namespace
+
 void adam4bit(at::Tensor p, const at::Tensor& g, at::Tensor m4, at::Tensor v4, at::Tensor absmax_m, at::Tensor absmax_v,
               const at::Tensor& tables, double lr, double beta1, double beta2, double eps, double weight_decay,
               bool decoupled, int64_t step, bool stochastic, int64_t seed, int64_t key, int64_t offset,
@@ -184,18 +185,4 @@ void adam4bit(at::Tensor p, const at::Tensor& g, at::Tensor m4, at::Tensor v4, a
   });
 }
 
-void traced(at::Tensor, const at::Tensor&, at::Tensor, at::Tensor, at::Tensor, at::Tensor, const at::Tensor&, double,
-            double, double, double, double, bool, int64_t, bool, int64_t, int64_t, int64_t, double) {}
-
-}  // namespace
 }  // namespace sltrain
-
-TORCH_LIBRARY_FRAGMENT(sltrain, m) {
-  m.def(
-      "adam4bit_step_(Tensor(a!) p, Tensor g, Tensor(b!) m4, Tensor(c!) v4, Tensor(d!) absmax_m, Tensor(e!) absmax_v, "
-      "Tensor tables, float lr, float beta1, float beta2, float eps, float weight_decay, bool decoupled, int step, "
-      "bool stochastic, int seed, int key, int offset, float grad_scale) -> ()");
-}
-
-TORCH_LIBRARY_IMPL(sltrain, CPU, m) { m.impl("adam4bit_step_", &sltrain::adam4bit); }
-TORCH_LIBRARY_IMPL(sltrain, Meta, m) { m.impl("adam4bit_step_", &sltrain::traced); }

@@ -114,11 +114,9 @@ void run(const AdamStep& s, const Tables& tables, int64_t numel, int64_t offset,
   });
 }
 
-}  // namespace
-
-void check_adam8bit(const at::Tensor& p, const at::Tensor& g, const at::Tensor& m8, const at::Tensor& v8,
-                    const at::Tensor& absmax_m, const at::Tensor& absmax_v, const at::Tensor& tables, int64_t step,
-                    int64_t offset) {
+void check(const at::Tensor& p, const at::Tensor& g, const at::Tensor& m8, const at::Tensor& v8,
+           const at::Tensor& absmax_m, const at::Tensor& absmax_v, const at::Tensor& tables, int64_t step,
+           int64_t offset) {
   const int64_t numel = p.numel(), blocks = (numel + kStateBlock - 1) / kStateBlock;
   for (const auto* t : {&p, &g}) {
     TORCH_CHECK(t->scalar_type() == at::kFloat || t->scalar_type() == at::kBFloat16,
@@ -140,9 +138,14 @@ void check_adam8bit(const at::Tensor& p, const at::Tensor& g, const at::Tensor& 
               ", where a block begins, got ", offset);
 }
 
-void adam8bit_step(const at::Tensor& p, const at::Tensor& g, const at::Tensor& m8, const at::Tensor& v8,
-                   const at::Tensor& absmax_m, const at::Tensor& absmax_v, const at::Tensor& tables,
-                   const AdamStep& s, int64_t offset) {
+}  // namespace
+
+void adam8bit(at::Tensor p, const at::Tensor& g, at::Tensor m8, at::Tensor v8, at::Tensor absmax_m, at::Tensor absmax_v,
+              const at::Tensor& tables, double lr, double beta1, double beta2, double eps, double weight_decay,
+              bool decoupled, int64_t step, bool stochastic, int64_t seed, int64_t key, int64_t offset,
+              double grad_scale) {
+  check(p, g, m8, v8, absmax_m, absmax_v, tables, step, offset);
+  const AdamStep s = adam_step(lr, beta1, beta2, eps, weight_decay, decoupled, step, stochastic, seed, key, grad_scale);
   const auto* words = reinterpret_cast<const uint32_t*>(tables.const_data_ptr<int32_t>());
   const auto* maps = reinterpret_cast<const float*>(words);
   const Tables parts{maps, maps + 256, words + 512, words + 512 + kBuckets};
