@@ -1,5 +1,6 @@
-// Blockwise 8-bit Adam step on the CPU; adam8bit.h says what happens to one element, sltrain_ds/ops/adam8bit.py why.
-// A block of 256 values is worked on by one thread from end to end, so results do not depend on the number of threads.
+// Blockwise 8-bit Adam step on the CPU; cuda/adam8bit.h says what happens to one element, sltrain_ds/ops/adam8bit.py
+// why. A block of 256 values is worked on by one thread from end to end, so results do not depend on the number of
+// threads.
 
 #include "adam_block.h"
 

@@ -9,8 +9,8 @@
 #pragma clang fp contract(off)
 #endif
 
-#include "adam8bit.h"
 #include "cpu.h"
+#include "cuda/adam8bit.h"
 
 #include <ATen/core/Tensor.h>
 #include <c10/util/BFloat16.h>

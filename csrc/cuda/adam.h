@@ -1,5 +1,5 @@
 // One kernel for every state format: many tensors in a launch, a warp takes 256 values, a lane eight neighbours of them.
-// A format (adam8bit.cu, adam4bit.cu, adam32bit.cu) says how the moments are kept; ../adam8bit.h what happens to an
+// A format (adam8bit.cu, adam4bit.cu, adam32bit.cu) says how the moments are kept; adam8bit.h what happens to an
 // element. All that a block needs is asked for before any of it is used, behind one branch that the whole warp takes.
 #pragma once
 

@@ -1,6 +1,7 @@
-// One element of the blockwise 8-bit Adam step, for the CPU and the CUDA kernel: shared, so that both give the same bits.
-// Every product and sum is rounded by itself: adam8bit.cpp switches contraction to FMA off, nvcc gets -fmad=false.
-// Free of torch and CUDA headers. sltrain_ds/ops/adam8bit.py says what is computed and builds the tables.
+// One element of the blockwise 8-bit Adam step, for the CPU and the CUDA kernel: shared, so that both give the same
+// bits. Every product and sum is rounded by itself: adam_block.h switches contraction to FMA off, nvcc gets
+// -fmad=false. Free of torch and CUDA headers. sltrain_ds/ops/adam8bit.py says what is computed and builds the tables.
+// It lies in this folder because the CUDA library's digest covers all of it.
 #pragma once
 
 #include <cmath>
