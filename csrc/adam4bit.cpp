@@ -156,7 +156,8 @@ void check(const at::Tensor& p, const at::Tensor& g, const at::Tensor& m4, const
     TORCH_CHECK(t->scalar_type() == at::kByte && t->numel() == bytes, "adam4bit: states must be uint8 (", bytes, ",)");
   }
   for (const auto* t : {&absmax_m, &absmax_v}) {
-    TORCH_CHECK(t->scalar_type() == at::kFloat && t->numel() == blocks, "adam4bit: absmax must be float32 (", blocks, ",)");
+    TORCH_CHECK(t->scalar_type() == at::kFloat && t->numel() == blocks, "adam4bit: absmax must be float32 (", blocks,
+                ",)");
   }
   TORCH_CHECK(tables.scalar_type() == at::kFloat && tables.numel() == 2 * (kCodes + kBounds),
               "adam4bit: tables must be float32 (", 2 * (kCodes + kBounds), ",)");
@@ -164,8 +165,8 @@ void check(const at::Tensor& p, const at::Tensor& g, const at::Tensor& m4, const
     TORCH_CHECK(t->is_contiguous() && t->device() == p.device(), "adam4bit: tensors must be contiguous, on one device");
   }
   TORCH_CHECK(step >= 1, "adam4bit: steps count from 1, got ", step);
-  TORCH_CHECK(offset >= 0 && offset % kStateBlock == 0, "adam4bit: offset must be a multiple of ", kStateBlock, ", got ",
-              offset);
+  TORCH_CHECK(offset >= 0 && offset % kStateBlock == 0, "adam4bit: offset must be a multiple of ", kStateBlock,
+              ", got ", offset);
 }
 
 }  // namespace

@@ -49,9 +49,11 @@ AVX512 void quantize_avx512(bool is_signed, const uint32_t* buckets, const float
     const __m512i negative = is_signed ? _mm512_srli_epi32(bits, 31) : zero;
     __m512i magnitude = _mm512_and_si512(bits, _mm512_set1_epi32(0x7FFFFFFF));
     magnitude = _mm512_max_epi32(_mm512_min_epi32(magnitude, one), smallest);
-    const __m512i bucket = _mm512_sub_epi32(_mm512_srli_epi32(magnitude, kBucketShift), _mm512_set1_epi32(kFirstBucket));
+    const __m512i bucket =
+        _mm512_sub_epi32(_mm512_srli_epi32(magnitude, kBucketShift), _mm512_set1_epi32(kFirstBucket));
     const __m512i low = _mm512_add_epi32(_mm512_and_si512(magnitude, _mm512_set1_epi32(0xFFFF)), negative);
-    const __m512i count = _mm512_srli_epi32(_mm512_add_epi32(_mm512_i32gather_epi32(bucket, buckets, 4), low), kCarryBits);
+    const __m512i count =
+        _mm512_srli_epi32(_mm512_add_epi32(_mm512_i32gather_epi32(bucket, buckets, 4), low), kCarryBits);
     __m512i code = count;
     if (is_signed) {
       code = _mm512_mask_sub_epi32(_mm512_add_epi32(zero_code, count), _mm512_movepi32_mask(bits), zero_code, count);
@@ -125,7 +127,8 @@ void check(const at::Tensor& p, const at::Tensor& g, const at::Tensor& m8, const
   }
   for (const auto* t : {&m8, &v8}) TORCH_CHECK(t->scalar_type() == at::kByte, "adam8bit: states must be uint8");
   for (const auto* t : {&absmax_m, &absmax_v}) {
-    TORCH_CHECK(t->scalar_type() == at::kFloat && t->numel() == blocks, "adam8bit: absmax must be float32 (", blocks, ",)");
+    TORCH_CHECK(t->scalar_type() == at::kFloat && t->numel() == blocks, "adam8bit: absmax must be float32 (", blocks,
+                ",)");
   }
   TORCH_CHECK(g.numel() == numel && m8.numel() == numel && v8.numel() == numel,
               "adam8bit: parameter, gradient and states differ in size");

@@ -20,7 +20,7 @@ void traced(at::Tensor, const at::Tensor&, at::Tensor, at::Tensor, at::Tensor, a
 }  // namespace
 }  // namespace sltrain
 
-#define REST                                                                                                      \
+#define REST                                                                                                       \
   "Tensor(d!) absmax_m, Tensor(e!) absmax_v, Tensor tables, float lr, float beta1, float beta2, float eps, float " \
   "weight_decay, bool decoupled, int step, bool stochastic, int seed, int key, int offset, float grad_scale) -> ()"
 

@@ -21,12 +21,12 @@
 namespace sltrain {
 namespace {
 
-constexpr int64_t kSide = 32;                   // of a block of out: two by two tiles
-constexpr int64_t kSmall = 1 << 26;             // multiply-adds up to which the library is slower on any layout
-constexpr int64_t kDeep = 64;                   // blocks of k taken together: a panel of that many stays in the cache
-constexpr int64_t kLargest = 16 << 20;          // bytes of what is packed of b, and of sums that wait for more of k
-constexpr int64_t kGroup = 512 << 10;           // bytes of a that are used together
-constexpr int64_t kWorth = 6 << 20;             // multiply-adds from which on threads share them
+constexpr int64_t kSide = 32;           // of a block of out: two by two tiles
+constexpr int64_t kSmall = 1 << 26;     // multiply-adds up to which the library is slower on any layout
+constexpr int64_t kDeep = 64;           // blocks of k taken together: a panel of that many stays in the cache
+constexpr int64_t kLargest = 16 << 20;  // bytes of what is packed of b, and of sums that wait for more of k
+constexpr int64_t kGroup = 512 << 10;   // bytes of a that are used together
+constexpr int64_t kWorth = 6 << 20;     // multiply-adds from which on threads share them
 
 // Memory of a thread that grows and stays.
 template <typename T>
@@ -85,7 +85,9 @@ TILES_INLINE void store_sums(float* sums) {
   _tile_stored(3, sums + 16 * 32 + 16, 128);
 }
 
-TILES_INLINE __m512 widened(__m256i half) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16)); }
+TILES_INLINE __m512 widened(__m256i half) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
 
 // out (rows, columns) = alpha sums (+ out, or + bias), rounded to nearest even
 template <bool kOther>
@@ -124,7 +126,7 @@ TILES void run(const Product& p, int64_t begin, int64_t end, int64_t first, int6
   static thread_local Scratch<uint16_t> buffer;
   _tile_loadconfig(&config);
   const Matrix& a = p.a;
-  const int64_t blocks = end - begin, height = blocks * 2 * kTileElements;  // of a panel: its upper tiles, its lower ones
+  const int64_t blocks = end - begin, height = blocks * 2 * kTileElements;  // of a panel: upper tiles, lower tiles
   // whole tiles of a row-major a are read where they lie; what hangs over the edge, and any other a, is packed first
   const auto read = [&](int64_t row) {
     return a.column == 1 && row + kSide <= a.rows ? std::min(end, a.columns / 32) - begin : 0;
@@ -176,7 +178,7 @@ TILES void run(const Product& p, int64_t begin, int64_t end, int64_t first, int6
   _tile_release();
 }
 
-// Blocks [begin, end) of k of b's panels [left, right), each panel's blocks one after another; read as b lies in memory.
+// Blocks [begin, end) of k of b's panels [left, right), each panel's blocks in a row; read as b lies in memory.
 TILES void pack_panels(const Matrix& b, int64_t begin, int64_t end, int64_t left, int64_t right, uint16_t* packed) {
   const int64_t blocks = end - begin;
   const auto pack = [&](int64_t panel, int64_t block) TILES {
@@ -212,15 +214,17 @@ bool gemm_amx(at::Tensor& out, const at::Tensor& a, const at::Tensor& b, double 
   if (bias && (bias->scalar_type() != at::kBFloat16 || !bias->is_contiguous())) return false;
   const int64_t blocks = (K + 31) / 32, together = std::min(blocks, kDeep);
   const int64_t panels = (N + kSide - 1) / kSide, heights = (M + kSide - 1) / kSide;
-  const int64_t size = panels * together * 2 * kTileElements, waiting = blocks > kDeep ? heights * panels * kSide * kSide : 0;
+  const int64_t size = panels * together * 2 * kTileElements;
+  const int64_t waiting = blocks > kDeep ? heights * panels * kSide * kSide : 0;
   const bool by_columns = a.stride(1) != 1 && M > 1;
   if (K == 0 || size * 2 > kLargest || waiting * 4 > kLargest || (M * N * K > kSmall && !by_columns)) return false;
   static thread_local Scratch<uint16_t> buffer;
   static thread_local Scratch<float> sums;
   uint16_t* packed = buffer.take(size);
-  const Product product{matrix(a), matrix(b), static_cast<float>(alpha), add,
-                        bias ? static_cast<const uint16_t*>(bias->const_data_ptr()) : nullptr,
-                        static_cast<uint16_t*>(out.mutable_data_ptr()), out.stride(0), packed, sums.take(waiting)};
+  const float scale = static_cast<float>(alpha);
+  const auto* row = bias ? static_cast<const uint16_t*>(bias->const_data_ptr()) : nullptr;
+  auto* to = static_cast<uint16_t*>(out.mutable_data_ptr());
+  const Product product{matrix(a), matrix(b), scale, add, row, to, out.stride(0), packed, sums.take(waiting)};
   const int64_t threads = M * N * K >= kWorth ? at::get_num_threads() : 1;
   // groups of rows that fit the cache; where they are fewer than threads, columns are split too
   const int64_t most = std::max<int64_t>(1, kGroup / (together * 4 * kTileElements));

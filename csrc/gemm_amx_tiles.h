@@ -13,8 +13,8 @@
 namespace sltrain {
 namespace {
 
-constexpr int64_t kTile = 16;                   // rows of a tile, and pairs of k in one
-constexpr int64_t kTileElements = kTile * 32;   // 1 KB of bf16
+constexpr int64_t kTile = 16;                  // rows of a tile, and pairs of k in one
+constexpr int64_t kTileElements = kTile * 32;  // 1 KB of bf16
 
 struct Matrix {  // element (i, j) at data[i * row + j * column]; one of the strides is 1
   const uint16_t* data;

@@ -69,17 +69,17 @@ namespace sltrain {
 namespace {
 
 #ifdef SLTRAIN_X86
-#define CALL(...)                                                 \
-  (cpu_level() >= CpuLevel::kAvx512 ? avx512::__VA_ARGS__         \
-   : cpu_level() >= CpuLevel::kAvx2 ? avx2::__VA_ARGS__           \
+#define CALL(...)                                         \
+  (cpu_level() >= CpuLevel::kAvx512 ? avx512::__VA_ARGS__ \
+   : cpu_level() >= CpuLevel::kAvx2 ? avx2::__VA_ARGS__   \
                                     : portable::__VA_ARGS__)
 #else
 #define CALL(...) portable::__VA_ARGS__
 #endif
 
-constexpr int64_t kPanel = 256;      // tokens transposed together
-constexpr int64_t kChannels = 32;    // channels whose sums are turned together
-constexpr int64_t kPiece = 2048;     // channels whose sums wait for the next slab
+constexpr int64_t kPanel = 256;    // tokens transposed together
+constexpr int64_t kChannels = 32;  // channels whose sums are turned together
+constexpr int64_t kPiece = 2048;   // channels whose sums wait for the next slab
 
 // Vectors of 64 bytes a channel, once widened.
 int vectors(int64_t tokens) { return tokens > 32 ? 4 : tokens > 16 ? 2 : 1; }
@@ -122,11 +122,22 @@ struct Activation {
   }
 };
 
-#define WITH_VECTORS(width, T, ...)                \
-  switch (width * sizeof(T) / 64) {                \
-    case 1: { constexpr int V = 1; __VA_ARGS__; break; } \
-    case 2: { constexpr int V = 2; __VA_ARGS__; break; } \
-    default: { constexpr int V = 4; __VA_ARGS__; }       \
+#define WITH_VECTORS(width, T, ...) \
+  switch (width * sizeof(T) / 64) { \
+    case 1: {                       \
+      constexpr int V = 1;          \
+      __VA_ARGS__;                  \
+      break;                        \
+    }                               \
+    case 2: {                       \
+      constexpr int V = 2;          \
+      __VA_ARGS__;                  \
+      break;                        \
+    }                               \
+    default: {                      \
+      constexpr int V = 4;          \
+      __VA_ARGS__;                  \
+    }                               \
   }
 
 // target[tokens of the panel] += source's panel times S^T
@@ -143,8 +154,9 @@ void add_product(const Support<T, Index>& S, const Activation<T, In>& source, in
       for (int64_t row = task % chunks * chunk; row < to; row += piece) {
         const int64_t last = std::min(to, row + piece);
         for (int64_t s = 0; s < count; ++s) {
-          WITH_VECTORS(width, T, CALL(multiply<V>(source.block(b), S.begins(s), S.ends(s), S.columns, S.values, row,
-                                                  last, s > 0, sums)));
+          WITH_VECTORS(
+              width, T,
+              CALL(multiply<V>(source.block(b), S.begins(s), S.ends(s), S.columns, S.values, row, last, s > 0, sums)));
         }
         for (int64_t c = row; c < last; c += kChannels) {
           CALL(add_sums(sums + (c - row) * width, static_cast<int>(std::min(kChannels, last - c)), width,
@@ -163,8 +175,9 @@ void add_samples(const Support<T, Index>& S, const Activation<T, In>& dy, const 
   at::parallel_for(0, S.rows, grain, [&](int64_t begin, int64_t end) {
     for (int64_t b = 0; b < x.blocks(first); ++b) {
       for (int64_t s = 0; s < slabs(S.width); ++s) {
-        WITH_VECTORS(x.width, T, CALL(sample<V>(dy.block(b), x.block(b), S.begins(s), S.ends(s), S.columns, begin, end,
-                                                first + b > 0, out)));
+        WITH_VECTORS(x.width, T,
+                     CALL(sample<V>(dy.block(b), x.block(b), S.begins(s), S.ends(s), S.columns, begin, end,
+                                    first + b > 0, out)));
       }
     }
   });
@@ -175,7 +188,8 @@ void check(const at::Tensor& y, const at::Tensor& x, const at::Tensor& rows, con
   // shapes only: positions were checked when the support was built
   TORCH_CHECK(x.dim() == 2 && y.dim() == 2 && x.size(0) == y.size(0), "x and y must be matrices of as many tokens");
   TORCH_CHECK(x.is_contiguous() && y.is_contiguous() && rows.is_contiguous() && columns.is_contiguous() &&
-                  values.is_contiguous(), "the operands of a sparse product must be contiguous");
+                  values.is_contiguous(),
+              "the operands of a sparse product must be contiguous");
   TORCH_CHECK(x.scalar_type() == y.scalar_type(), "x and y must have the same dtype");
   TORCH_CHECK(rows.scalar_type() == at::kInt && rows.numel() == y.size(1) + 1, "S_rows must be int32 (out + 1,)");
   TORCH_CHECK(columns.scalar_type() == at::kUInt16 || columns.scalar_type() == at::kInt,
