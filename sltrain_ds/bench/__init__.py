@@ -1,1 +1,1 @@
-"""Side-by-side measurements in one process: medians of paired ratios, Markdown and JSON out."""
+"""Side-by-side measurements in one process: medians of paired ratios, written as Markdown and JSON."""

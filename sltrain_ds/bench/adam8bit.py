@@ -1,4 +1,4 @@
-"""The 8-bit Adam step: ours, bitsandbytes' and torch's fused 32-bit AdamW, side by side with a plain copy."""
+"""Benchmark of the 8-bit Adam step: ours, bitsandbytes', torch's fused 32-bit AdamW, and a plain copy."""
 
 import importlib.util
 import statistics
@@ -18,7 +18,7 @@ COLUMNS = [
 
 
 def bench(numels, dtypes, device, rounds, seconds, out=None) -> list[dict]:
-    """Measure every size and dtype; prints the table and returns the cases (see docs/benchmarks.md)."""
+    """Measure every size and dtype; print the table and return the cases (see docs/benchmarks.md)."""
     report = Report("adam8bit", COLUMNS, device, out)
     for dtype in dtypes:
         for numel in numels:
@@ -28,7 +28,7 @@ def bench(numels, dtypes, device, rounds, seconds, out=None) -> list[dict]:
 
 
 def measure(numel: int, dtype: str, device, rounds=15, seconds=10.0) -> dict:
-    """A case: by contender its `times` (seconds a step, paired by position) and `bytes` that a step must move."""
+    """One case: per contender its `times` (seconds per step, paired by position) and the `bytes` a step must move."""
     steps = _steps(numel, DTYPES[dtype], device)
     times = interleave({name: step for name, (step, _) in steps.items()}, rounds, seconds, device)
     contenders = {name: {"times": times[name], "bytes": moved} for name, (_, moved) in steps.items()}
@@ -36,7 +36,7 @@ def measure(numel: int, dtype: str, device, rounds=15, seconds=10.0) -> dict:
 
 
 def table_rows(case: dict) -> list[list]:
-    """A row a contender; GB are 1e9 bytes."""
+    """One row per contender; GB are 1e9 bytes."""
     rows, found = [], case["contenders"]
     copied = found["copy"]
     for name, one in found.items():
@@ -52,7 +52,7 @@ def table_rows(case: dict) -> list[list]:
 
 
 def _steps(numel, dtype, device):
-    """Contender -> (a call that does one step, the bytes it must read and write)."""
+    """{contender: (function that does one step, bytes it must read and write)}."""
     size = torch.empty((), dtype=dtype).element_size()
     states = 2 * 2 * (numel + 4 * -(-numel // BLOCK))  # two moments and their absmax, read and written
     steps = {"ours": (_ours(numel, dtype, device, False), 3 * size * numel + states)}

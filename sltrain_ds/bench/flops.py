@@ -1,16 +1,16 @@
-"""FLOPs of a training step, and how many a device can do at most: the two halves of MFU.
+"""FLOPs of a training step and peak FLOP/s of devices, from which MFU is computed.
 
-The model's FLOPs (Chowdhery et al. 2022, PaLM, appendix B, with attention counted causal):
+The model's FLOPs (Chowdhery et al. 2022, PaLM, appendix B, with causal attention):
 
-    6 * tokens * (weights of all linear layers, the head's too + layers * heads * head_dim * sequence)
+    6 * tokens * (weights of all linear layers, head included + layers * heads * head_dim * sequence)
 
-of the full-rank model, whatever the method: so tokens a second and MFU compare methods alike. What activation
-checkpointing computes again does not count.
+They are those of the full-rank model for every method, so MFU ranks methods as tokens/s does. Recomputation for
+activation checkpointing is not counted.
 """
 
 from sltrain_ds.config.shapes import linear_shapes
 
-# bf16 tensor cores, dense, FLOP/s, by data sheet; the first name that the device's contains
+# dense bf16 tensor-core FLOP/s from the data sheets; the first key contained in the device's name is used
 PEAKS = {
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
@@ -25,13 +25,13 @@ PEAKS = {
 
 
 def peak(device_name: str) -> float | None:
-    """bf16 FLOP/s of a device at most, or None for one that is not listed."""
+    """Peak bf16 FLOP/s of a device, or None if it is not listed."""
     return next((most for name, most in PEAKS.items() if name in device_name), None)
 
 
 def model_flops(fields: dict, sequence: int, tokens: int) -> int:
-    """Forward and backward of `tokens` tokens in sequences of `sequence`, for `LlamaConfig` fields of the full-rank
-    model.
+    """FLOPs of forward and backward for `tokens` tokens in sequences of `sequence`; `fields` are the full-rank model's
+    `LlamaConfig` fields.
     """
     shapes = linear_shapes(fields)
     layers, head = fields["num_hidden_layers"], shapes.pop("lm_head")
@@ -41,7 +41,7 @@ def model_flops(fields: dict, sequence: int, tokens: int) -> int:
 
 
 def layer_flops(mode: str, out: int, in_: int, rank: int, nnz: int, tokens: int, micro_batches: int = 1) -> int:
-    """What an SLTrain layer computes in a step of `tokens` tokens, as `ops/sltrain_linear.py` does each mode."""
+    """FLOPs of an SLTrain layer in a step of `tokens` tokens, per mode of `ops/sltrain_linear.py`."""
     dense, product, thin = 6 * tokens * out * in_, 2 * rank * out * in_, 6 * tokens * rank * (out + in_)
     return {
         "compose": dense + 4 * product * micro_batches,  # B A twice, dA, dB
@@ -53,12 +53,12 @@ def layer_flops(mode: str, out: int, in_: int, rank: int, nnz: int, tokens: int,
 
 
 def step_flops(layers, fields: dict, sequence: int, tokens: int, micro_batches: int = 1) -> int:
-    """What is computed in a step where `layers` are the model's SLTrain layers, in the modes they are in."""
+    """FLOPs executed in a step; `layers` are the model's SLTrain layers, counted in their current modes."""
     own = model_flops(fields, sequence, tokens)
     for layer in layers:
         sizes = (layer.out_features, layer.in_features, layer.rank, layer.nnz)
         mode = layer.current_mode
         if mode == "factored" and layer.S_columns.device.type == "cuda":
-            mode = "factored_dense"  # as `sltrain_linear` has it
+            mode = "factored_dense"  # as in `sltrain_linear`
         own += layer_flops(mode, *sizes, tokens, micro_batches) - 6 * tokens * layer.out_features * layer.in_features
     return own

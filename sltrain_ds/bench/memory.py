@@ -1,7 +1,7 @@
-"""Where the memory of a run goes: real steps in fresh processes against the estimate and the paper's figure.
+"""Memory benchmark: peaks of real steps in fresh processes, compared with the estimate and the paper's figure.
 
-A waterfall first: the recipe with all its savings taken away, then one given back a row, down to the recipe itself.
-Then the same savings for the methods of the paper's Figure 3. A row is *run* where it fits, else *estimated*.
+First a waterfall: the recipe without any of its memory savings, then one saving added per row, up to the full recipe.
+Then the methods of the paper's Figure 3 with the same savings. A row is *run* if it fits, else *estimated*.
 """
 
 import copy
@@ -24,8 +24,8 @@ from sltrain_ds.memory.galore import galore_bytes
 from sltrain_ds.memory.paper import FIGURE_3
 
 COLUMNS = ["row", "how", "peak GB", "tensors GB", "estimate GB", "off %", "paper GB", "s a step", "tokens"]
-ROOM = 0.9  # of the free memory
-PROCESS = {"cpu": 0.6e9, "cuda": 0.0}  # Python and the libraries, in the resident set but not in the estimate
+ROOM = 0.9  # fraction of the free memory that a row may use
+PROCESS = {"cpu": 0.6e9, "cuda": 0.0}  # Python and libraries: in the resident set size, not in the estimate
 
 _PLAIN = {
     "sltrain.per_layer_update": False, "sltrain.clipping": "global", "sltrain.loss": "full",
@@ -35,8 +35,8 @@ _PLAIN = {
 
 @dataclass
 class Row:
-    """`keys`: what the file's config gets; `naive`: the operator with int64 indices and saved copies of A;
-    `extra`: bytes that the estimate does not count; `paper`: its key in FIGURE_3; `runs`: whether it can be run."""
+    """`keys`: config overrides; `naive`: use the operator with int64 indices and saved copies of A; `extra`: bytes
+    that the estimate does not count; `paper`: key in FIGURE_3; `runs`: whether the row can be run."""
 
     name: str
     keys: dict = field(default_factory=dict)
@@ -47,7 +47,7 @@ class Row:
 
 
 def bench(path, overrides, steps: int, device: str, rows: str = "all", out=None) -> list[dict]:
-    """Print and return the cases. `rows`: "all" runs what fits, "own" the recipe alone; the rest is estimated."""
+    """Print and return the cases. `rows`: "all" runs what fits, "own" only the recipe; the rest is estimated."""
     data = apply(read_json(path), overrides)
     own = from_dict(data, name=str(path))
     if own.sltrain.method.name != "sltrain":
@@ -60,7 +60,7 @@ def bench(path, overrides, steps: int, device: str, rows: str = "all", out=None)
 
 
 def waterfall(own) -> list[Row]:
-    """From nothing saved to the recipe, one saving a row; a saving that the recipe does not take is left out."""
+    """Rows from no savings to the full recipe, one saving per row; savings that the recipe does not use are omitted."""
     model = count(Shape.of(own.model_fields), own.sltrain.method)
     index = sum(8 * support.nnz - support.bytes for support in model.supports)
     copies = sum(t.numel for t in model.tensors if t.name.endswith(".A")) * (2 if own.bf16 else 4)
@@ -86,7 +86,7 @@ def waterfall(own) -> list[Row]:
 
 
 def contenders(own) -> list[Row]:
-    """The paper's other methods with all the recipe's savings."""
+    """Rows of the paper's other methods with all of the recipe's savings."""
     full = {"sltrain.method": {"name": "full_rank"}}
     return [
         Row("full-rank Adam, 32-bit states", full | _states("32bit", "bf16" if own.bf16 else "fp32"), paper="adam"),
@@ -101,7 +101,7 @@ def _states(states, weights):
 
 
 def variant(path, data: dict, row: Row):
-    """(config, its `RunConfig`) of a row."""
+    """A row's config as (dict, `RunConfig`)."""
     data = copy.deepcopy(data)
     for key, value in row.keys.items():
         *parents, last = key.split(".")
@@ -113,7 +113,7 @@ def variant(path, data: dict, row: Row):
 
 
 def measure(path, data: dict, row: Row, steps: int, device: str, run_it: bool = True) -> dict:
-    """A case: {"row", "how", "estimate" (bytes of tensors), "measured" (`memory_run.measure`'s, or None), "paper"}."""
+    """One case: {"row", "how", "estimate" (tensor bytes), "measured" (`memory_run.measure`'s, or None), "paper"}."""
     config, run = variant(path, data, row)
     expected = estimate(run, 1)
     need = expected.peak + row.extra
@@ -131,7 +131,8 @@ def measure(path, data: dict, row: Row, steps: int, device: str, run_it: bool = 
 
 
 def in_a_fresh_process(job: dict) -> dict:
-    """Nothing of another row is left in its peak. Raises `UserError` with the process's last line where it fails."""
+    """Run one row in its own process, so that no other row affects its peak. `UserError` with its last line if it
+    fails."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "job.json"
         path.write_text(json.dumps(job), encoding="utf-8")
@@ -139,7 +140,7 @@ def in_a_fresh_process(job: dict) -> dict:
         done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        raise UserError(f"bench memory: a row's process ended with {done.returncode}: {last}")
+        raise UserError(f"bench memory: a row's process exited with code {done.returncode}: {last}")
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 

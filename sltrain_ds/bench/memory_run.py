@@ -1,6 +1,6 @@
-"""One row of `bench memory`, in a process of its own: `python -m sltrain_ds.bench.memory_run JOB.json`.
+"""Process of one row of `bench memory`: `python -m sltrain_ds.bench.memory_run JOB.json`.
 
-The job is {"config", "name", "steps", "device", "naive"}; what was measured is the last line of stdout.
+The job is {"config", "name", "steps", "device", "naive"}; the last line of stdout is the result.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ def main(path: str) -> int:
     from sltrain_ds.zero.start import start
 
     quiet()
-    give_back_large_blocks()  # in every row, so that rows differ by what they name
+    give_back_large_blocks()  # in every row, so that rows differ only by their config
     job = json.loads(Path(path).read_text(encoding="utf-8"))
     with contextlib.redirect_stdout(sys.stderr):
         start()
@@ -27,7 +27,7 @@ def main(path: str) -> int:
 
 
 def measure(run, job: dict) -> dict:
-    """`steps` optimizer steps as training takes them; bytes, moments, losses, and seconds of the last step."""
+    """Run `steps` optimizer steps like training; returns bytes, moments, losses, and seconds of the last step."""
     from sltrain_ds.bench.naive import to_naive
     from sltrain_ds.data.dataset import BatchSource
     from sltrain_ds.data.random_tokens import RandomTokens
@@ -38,7 +38,7 @@ def measure(run, job: dict) -> dict:
     try:
         source, tokens = BatchSource(run), "real"
     except UserError as error:
-        print(f"no prepared data ({error}): random tokens", file=sys.stderr)
+        print(f"no prepared data ({error}): using random tokens", file=sys.stderr)
         source, tokens = RandomTokens(run), "random"
     engine, meter, run = make_engine(run, job["device"])
     if job["naive"]:

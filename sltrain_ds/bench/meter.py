@@ -1,4 +1,4 @@
-"""Bytes of tensors alive at once, and what autograd saves for the backward pass."""
+"""Meters for peak tensor bytes and for the bytes that autograd saves for the backward pass."""
 
 import gc
 
@@ -9,11 +9,11 @@ _MARK = "sltrain bench mark"
 
 
 class Meter:
-    """Inside ``with Meter(device) as meter``: the most bytes alive at once, over those alive at entry.
+    """Context manager that measures the peak of allocated tensor bytes above those allocated at entry.
 
-    CUDA: the caching allocator's peak. CPU: every allocation and release of torch's allocator, as the profiler records
-    them; so tensors, custom ops' too, but not what libraries take from malloc by themselves, nor the release of what
-    was alive at entry. `mark()` starts the peak anew from that point; `peak` is known after the block.
+    CUDA: the caching allocator's peak. CPU: allocations and releases of torch's allocator, as recorded by the profiler.
+    These include custom ops' tensors, but not direct malloc calls of libraries nor releases of tensors allocated before
+    entry. `mark()` restarts the peak from that point; `peak` is set on exit.
     """
 
     def __init__(self, device: str | torch.device):
@@ -47,7 +47,7 @@ class Meter:
 
 
 def peak_since_mark(events) -> int:
-    """The highest sum of allocations (+) and releases (-) since the last mark, of (name, bytes) in order of time."""
+    """Peak sum of allocations (+) and releases (-) after the last mark; events are (name, bytes) in time order."""
     now = peak = 0
     for name, nbytes in events:
         if name == _MARK:
@@ -59,9 +59,9 @@ def peak_since_mark(events) -> int:
 
 
 def saved_bytes(forward, given) -> tuple[int, int]:
-    """(all bytes that `forward()` saves for its backward pass, those of them that are not among the tensors `given`).
+    """(bytes that `forward()` saves for its backward pass, those of them outside the tensors `given`).
 
-    Storages count once, and whole: a view keeps all of what it looks at.
+    Each storage counts once and in full, since a view keeps its whole storage alive.
     """
     storages = {}
 
@@ -71,7 +71,7 @@ def saved_bytes(forward, given) -> tuple[int, int]:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        kept = forward()  # alive until counted, so that no storage is given out again
+        kept = forward()  # kept alive until counted, so that no storage is reused
     known = {tensor.untyped_storage().data_ptr() for tensor in given}
     del kept
     return sum(storages.values()), sum(size for place, size in storages.items() if place not in known)

@@ -1,7 +1,7 @@
-"""The operator as the formula reads, for comparison alone: what a layer costs without any of `ops/`.
+"""Direct implementation of the paper's formula without anything from `ops/`, as a baseline for benchmarks.
 
-W = B (s A) + S by mm and an int64 flat scatter_add_; nothing of W is kept, so the backward builds it again; dW = dy^T x
-whole, then dB = dW (s A)^T, dA = s B^T dW, dS gathered. s A is a tensor of its own, saved for the backward.
+W = B (s A) + S by mm and an int64 flat scatter_add_. W is not saved; the backward computes it again. It forms the dense
+dW = dy^T x, then dB = dW (s A)^T, dA = s B^T dW, and gathers dS. s A is a separate tensor, saved for the backward.
 """
 
 import torch
@@ -37,20 +37,20 @@ def linear(x, A, B, values, index, scaling, bias=None):
 
 
 class NaiveLinear(SLTrainLinear):
-    """An SLTrainLinear computed by `linear`. Holds int64 flat positions (`S_index`) instead of the row-wise support."""
+    """SLTrainLinear computed by `linear`, with int64 flat positions (`S_index`) instead of the row-wise support."""
 
     def forward(self, x):
         return linear(x, self.A, self.B, self.S_values, self.S_index, self.scaling, self.bias)
 
 
 def to_naive(model: torch.nn.Module) -> torch.nn.Module:
-    """Turn every SLTrainLinear of `model` (itself too) into a NaiveLinear in place, parameters untouched."""
+    """Turn every SLTrainLinear of `model` (including itself) into a NaiveLinear in place; parameters are unchanged."""
     for layer in model.modules():
         if type(layer) is SLTrainLinear:
             layer.ensure_support()
             index = support.to_flat_index(layer.S_rows, layer.S_columns, layer.in_features)
             del layer.S_rows, layer.S_columns
-            layer._checksum = None  # nothing to look after any more
+            layer._checksum = None  # there is no row-wise support to check
             layer.register_buffer("S_index", index, persistent=False)
             layer.__class__ = NaiveLinear
     return model

@@ -1,4 +1,4 @@
-"""One layer, forward and backward: dense nn.Linear, the naive operator and every mode, side by side."""
+"""Benchmark of one layer's forward and backward: dense nn.Linear, the naive operator and every mode."""
 
 import copy
 import re
@@ -31,7 +31,7 @@ COLUMNS = [
 
 @dataclass(frozen=True)
 class Shape:
-    """A layer to measure."""
+    """Sizes of a layer to measure."""
 
     out_features: int
     in_features: int
@@ -40,7 +40,7 @@ class Shape:
 
 
 def bench(shapes, tokens, dtypes, modes, device, rounds, seconds, out=None) -> list[dict]:
-    """Measure every combination; prints the table and returns the cases (see docs/benchmarks.md)."""
+    """Measure every combination; print the table and return the cases (see docs/benchmarks.md)."""
     report = Report("op", COLUMNS, device, out)
     for shape in shapes:
         for dtype in dtypes:
@@ -51,7 +51,7 @@ def bench(shapes, tokens, dtypes, modes, device, rounds, seconds, out=None) -> l
 
 
 def measure(shape: Shape, tokens: int, dtype: str, device, modes, rounds=15, seconds=10.0) -> dict:
-    """A case: the shape and, by operator, its `times` (seconds, paired by position) and bytes."""
+    """One case: the shape and, per operator, its `times` (seconds, paired by position) and bytes."""
     x, dy = inputs(shape, tokens, device=device, dtype=DTYPES[dtype])
     layers = build(shape, modes, device=device, dtype=DTYPES[dtype])
     chosen_in = None
@@ -70,9 +70,9 @@ def measure(shape: Shape, tokens: int, dtype: str, device, modes, rounds=15, sec
 
 
 def fastest(shape: Shape, tokens: int, dtype: str, device) -> tuple[str, float]:
-    """The mode that auto takes where memory does not matter, and the seconds that it took to measure it, never cached.
+    """The mode that auto chooses without a memory limit, and the seconds of that measurement (not cached).
 
-    One micro-batch, without activation checkpointing.
+    For one micro-batch without activation checkpointing.
     """
     nnz = support.nnz_of(shape.density, shape.out_features, shape.in_features)
     began = time.perf_counter()
@@ -86,14 +86,14 @@ def fastest(shape: Shape, tokens: int, dtype: str, device) -> tuple[str, float]:
 
 
 def inputs(shape: Shape, tokens: int, **factory) -> tuple[torch.Tensor, torch.Tensor]:
-    """x (tokens, in), which wants its gradient as any hidden layer's does, and dy (tokens, out)."""
+    """x (tokens, in), which requires grad like a hidden layer's input, and dy (tokens, out)."""
     torch.manual_seed(0)
     x = torch.randn(tokens, shape.in_features, **factory, requires_grad=True)
     return x, torch.randn(tokens, shape.out_features, **factory)
 
 
 def build(shape: Shape, modes, **factory) -> dict[str, nn.Module]:
-    """Contender -> layer; all but the dense one hold equal parameters, B no longer zero."""
+    """{contender: layer}. All but the dense layer have equal parameters; B is drawn at random, not zero."""
     sizes = (shape.in_features, shape.out_features)
     ours = SLTrainLinear(*sizes, rank=shape.rank, density=shape.density, alpha=shape.rank, **factory)
     nn.init.normal_(ours.B, std=shape.rank**-0.5)
@@ -105,9 +105,9 @@ def build(shape: Shape, modes, **factory) -> dict[str, nn.Module]:
 
 
 def table_rows(case: dict) -> list[list]:
-    """A row an operator: median ms, its speed in the naive one's, its time in dense's and in the best mode's, MB.
+    """One row per operator: median ms, speed relative to naive, time relative to dense and to the best mode, MB.
 
-    auto's time in the best mode's is that of the mode it chose, where the table has that.
+    For auto, the time relative to the best mode is that of the chosen mode's row, if the table has it.
     """
     operators, rows = case["operators"], []
     naive, dense = operators["naive"]["times"], operators["dense"]["times"]
@@ -129,8 +129,8 @@ def table_rows(case: dict) -> list[list]:
 
 
 def parse_shapes(text: str, density: float | None = None) -> list[Shape]:
-    """Shapes of "60m,7b" (the distinct projections of a preset at the paper's rank and density) and of
-    "OUTxIN:rRANK[:dDENSITY]"; `density` replaces all of theirs.
+    """Parse a list of presets, such as "60m,7b" (a preset's distinct projections at the paper's rank and density), and
+    of "OUTxIN:rRANK[:dDENSITY]"; `density` overrides every shape's.
     """
     shapes = [shape for item in text.split(",") for shape in _parse_shape(item.strip())]
     if density is not None:
@@ -157,15 +157,15 @@ def _parse_shape(item) -> Iterator[Shape]:
 
 
 def one_pass(layer, x, dy):
-    """A call that does a forward and backward."""
+    """A function that does one forward and backward."""
     wanted = [x, *layer.parameters()]
-    # gradients are made anew in every pass, as in training after zero_grad(set_to_none=True)
+    # every pass allocates its gradients, as in training after zero_grad(set_to_none=True)
     return lambda: torch.autograd.grad(layer(x), wanted, dy)
 
 
 def _bytes(layer, run, x) -> dict[str, int]:
     saved, beyond = saved_bytes(lambda: layer(x), [x, *layer.parameters(), *layer.buffers()])
-    workspace.release()  # so that what an operator takes of it counts as its own
+    workspace.release()  # so that an operator's workspace counts in its peak
     with Meter(x.device) as meter:
         run()
     return {"saved": saved, "saved_beyond": beyond, "peak": meter.peak, "workspace": workspace.nbytes()}

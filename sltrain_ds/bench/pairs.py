@@ -1,6 +1,6 @@
-"""Time several things side by side, in rounds: what slows the machine for a while slows all of a round alike.
+"""Timing of several functions in interleaved rounds, so that temporary slowdowns affect all of a round alike.
 
-What is compared is the median, over the rounds, of the ratio of two times of the same round.
+Two functions are compared by the median over the rounds of the ratio of their times in the same round.
 """
 
 import math
@@ -12,7 +12,7 @@ import torch
 
 from sltrain_ds.ops import timing
 
-CUDA_BURST = 0.02  # seconds: short of it, what starts and ends a measurement counts
+CUDA_BURST = 0.02  # seconds; in shorter bursts, the start and end of a measurement distort it
 
 
 def interleave(
@@ -23,12 +23,12 @@ def interleave(
     least: int = 3,
     burst: float = 0.002,
 ) -> dict[str, list[float]]:
-    """Seconds of a call of each run, a list of equal length for each: one time a round, every round runs them all.
+    """Seconds per call of each run, as lists of equal length: one time per round, every round measures all runs.
 
-    Rounds end at `rounds`, or after `seconds` but not before `least`. Each run is called twice before (the first call
-    allocates, the second tells how many calls make a measurement of about `burst` seconds). On CUDA that is
-    CUDA_BURST or more, and told by a burst of its own: a lone call is mostly waiting. The order turns by one place a
-    round, so that nobody always follows the same neighbour.
+    Measuring ends after `rounds` rounds, or after `seconds` but not before `least` rounds. Each run is called twice
+    beforehand: the first call allocates, the second determines how many calls take about `burst` seconds. On CUDA
+    `burst` is at least CUDA_BURST, and the count is refined by one more burst, since a single call is mostly waiting.
+    The order rotates by one position per round.
     """
     calls, cuda = {}, torch.device(device).type == "cuda"
     if cuda:
@@ -50,5 +50,5 @@ def interleave(
 
 
 def ratio(numerator: list[float], denominator: list[float]) -> float:
-    """Median of the ratios of paired times."""
+    """Median ratio of paired times."""
     return statistics.median(a / b for a, b in zip(numerator, denominator, strict=True))

@@ -1,8 +1,8 @@
-"""Steps of one config looked at closely: bytes, ms, tokens a second, MFU, launches and waits; methods side by side.
+"""Profile of one config's steps: bytes, ms, tokens/s, MFU, launches and waits, for several methods side by side.
 
-Each method's engine is made once, as a run makes it, and takes steps of random tokens at every size: one micro-batch
-of sequences of at most `sequence` tokens, with op_mode settled anew. The first method is measured while it is alone,
-its bytes too; then all in rounds. So one start of Python, and one model of each, serve all sizes.
+Each method's engine is built once, as in a run, and takes steps of random tokens at every size: one micro-batch of
+sequences of at most `sequence` tokens, with op_mode chosen again for the size. The first method is first measured
+alone, with its bytes; then all in rounds. All sizes thus share one process and one model per method.
 """
 
 import contextlib
@@ -38,11 +38,11 @@ COLUMNS = [
     "method", "tokens", "beside", "ms", "tokens/s", "MFU", "x full-rank's time", "own TFLOP", "allocated MB",
     "active MB", "reserved MB", "device MB", "launches", "waits", "kernels", "kernels' ms", "busy",
 ]  # fmt: skip
-TOP = 20  # kernels told by name
+TOP = 20  # kernels listed by name
 
 
 def bench(path, overrides, methods, tokens, sequence, device, rounds=5, seconds=10.0, out=None) -> list[dict]:
-    """Measure every method at every number of tokens; prints the table and returns the cases (docs/benchmarks.md)."""
+    """Measure every method at every number of tokens; print the table and return the cases (docs/benchmarks.md)."""
     data = apply(read_json(path), overrides)
     runs = {method: [sized(path, data, method, count, sequence) for count in tokens] for method in methods}
     if device == "cuda":
@@ -56,7 +56,7 @@ def bench(path, overrides, methods, tokens, sequence, device, rounds=5, seconds=
 
 
 def sized(path, data: dict, method: str, tokens: int, sequence: int):
-    """The file's `RunConfig` with another method, and steps of `tokens` tokens: one micro-batch."""
+    """The file's `RunConfig` with another method and steps of `tokens` tokens in one micro-batch."""
     length = min(tokens, sequence)
     if tokens % length:
         raise UserError(f"--tokens {tokens}: must be a multiple of --sequence {sequence}, or less")
@@ -68,8 +68,8 @@ def sized(path, data: dict, method: str, tokens: int, sequence: int):
 
 
 def groups(path, runs: dict, device) -> list[list[str]]:
-    """Methods whose engines are there at once: all, or each by itself where memory is short; stderr names what does
-    not fit at all.
+    """Groups of methods whose engines are resident together: all, or one per group if memory is short. A method that
+    does not fit at all is skipped with a line on stderr.
     """
     free, needs = ROOM * free_bytes(device), {}
     for method, sizes in runs.items():
@@ -79,7 +79,7 @@ def groups(path, runs: dict, device) -> list[list[str]]:
             print(f"{path}: {method} needs {need:.1f} GB of {free / 1e9:.1f}: left out", file=sys.stderr)
         else:
             needs[method] = min(found), max(found) - min(found)
-    # one steps at a time: what grows with the tokens is not there twice
+    # engines step one at a time, so memory that grows with the tokens counts once
     together = sum(held for held, _ in needs.values()) + max((more for _, more in needs.values()), default=0)
     return [list(needs)] if needs and together <= free else [[method] for method in needs]
 
@@ -104,7 +104,7 @@ def _measure(runs: dict, device, rounds: int, seconds: float, report: Report) ->
 
 
 def _add(report: Report, times: dict, engines: dict, facts: dict | None = None) -> None:
-    """The cases of one size, and their rows."""
+    """Add the cases and rows of one size."""
     for method, engine in engines.items():
         case = {
             "method": method, "beside": [other for other in engines if other != method], "times": times[method],
@@ -114,7 +114,7 @@ def _add(report: Report, times: dict, engines: dict, facts: dict | None = None) 
 
 
 def table_row(case: dict) -> list:
-    """A case's cells: the median time and what follows from it; bytes where the engine was alone."""
+    """Cells of one case: the median time and values derived from it; bytes only if the engine was alone."""
     median, dense, sizes = statistics.median(case["times"]), case["full_rank_times"], case["bytes"] or {}
     most, busy = case["device_flops"], case["busy_ms"]
     return [
@@ -137,13 +137,13 @@ class Engine:
         self.built = time.perf_counter() - began
         self.run = run
         stepper, self.last = Stepper(self.engine, run, RandomTokens(run), self.meter), None
-        for _ in range(2):  # the states come into being; the meter looks closely
+        for _ in range(2):  # allocates the optimizer states; measured by the meter
             self._step(stepper)
             self.met = self.meter.read()
         self.stepper = Stepper(self.engine, run, RandomTokens(run))
 
     def at(self, run) -> None:
-        """From here on, steps of `run`'s size, in the modes that its op_mode gives for them."""
+        """Switch to steps of `run`'s size and choose the modes for it."""
         if run is self.run:
             return
         self.run, self.stepper = run, Stepper(self.engine, run, RandomTokens(run))
@@ -160,7 +160,7 @@ class Engine:
         self.done += 1
 
     def facts(self) -> dict:
-        """Sizes and FLOPs of a step, and what the meter found in the first two."""
+        """Sizes and FLOPs of a step, and the meter's results of the first two steps."""
         run, model = self.run, self.engine.module
         sizes = (run.model_fields, run.sequence_length, run.tokens_per_step)
         cuda = self.device.type == "cuda"
@@ -173,9 +173,9 @@ class Engine:
         }  # fmt: skip
 
     def bytes_of_a_step(self) -> dict[str, int]:
-        """The most of a step. CUDA: allocated, active (with what other streams still read) and reserved by torch's
-        allocator, holes in its segments after the step, and what is taken of the whole device. CPU: of tensors, and
-        of the process.
+        """Peaks of one step. CUDA: torch's allocated, active (including blocks in use by other streams) and reserved
+        bytes; also the holes in its segments after the step and the used memory of the whole device. CPU: peaks of
+        tensors and of the process.
         """
         if self.device.type == "cpu":
             gauge = Gauge(self.device)
@@ -192,7 +192,7 @@ class Engine:
         return {**peaks, "holes": found["inactive_split_bytes.all.current"], "device": total - free}
 
     def close_look(self) -> dict:
-        """One step under the profiler."""
+        """Profile one step."""
         cuda = self.device.type == "cuda"
         with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as looked:
             self.step()
@@ -210,16 +210,16 @@ class Engine:
 
 
 def summary(events, cuda: bool) -> dict:
-    """What the profiler's events of a step come to.
+    """Summary of the profiler's events of a step.
 
-    CUDA: `launches` and `waits` are calls of the CPU, `kernels` what the device ran (copies too), `kernels_ms` their
-    times' sum, `busy_ms` the time that at least one ran, `top` the longest names with ms and count. CPU: `kernels` are
-    PyTorch's operators, without those that others call.
+    CUDA: `launches` and `waits` count CPU-side calls, `kernels` the kernels and copies run by the device. `kernels_ms`
+    is the sum of their times, `busy_ms` the time during which at least one ran, `top` those with the most time, with ms
+    and count. CPU: `kernels` counts PyTorch's and our operators, nested ones too.
     """
     calls, names, spans = Counter(), defaultdict(lambda: [0.0, 0]), []
     for event in events:
         name, on_device = event.name(), event.device_type() == torch.autograd.DeviceType.CUDA
-        if on_device and event.is_user_annotation():  # a span over the kernels of a range that someone named
+        if on_device and event.is_user_annotation():  # a named range that spans kernels
             continue
         if cuda and not on_device:
             calls[name] += name.startswith("cu")
@@ -232,7 +232,7 @@ def summary(events, cuda: bool) -> dict:
     total, busy = sum(length for length, _ in names.values()), _covered(spans) / 1e6
     return {
         "launches": sum(n for name, n in calls.items() if "Launch" in name) if cuda else None,
-        # the one that ends the look is not the step's
+        # minus the final synchronize, which does not belong to the step
         "waits": sum(n for name, n in calls.items() if "Synchronize" in name) - 1 if cuda else None,
         "kernels": len(spans), "kernels_ms": total if cuda else None, "busy_ms": busy if cuda else None,
         "calls": {name: n for name, n in calls.most_common() if n},

@@ -1,4 +1,4 @@
-"""What every bench prints and keeps: where it ran, a Markdown table row by row, and all raw numbers as JSON."""
+"""Output of every bench: the environment, a Markdown table printed row by row, and all raw numbers as JSON."""
 
 import contextlib
 import os
@@ -23,13 +23,13 @@ WIDTHS = {
     "elements": 9,
     "row": 43,
     "how": 9,
-}  # of their cells
+}  # minimum cell widths by column
 PACKAGES = ("torch", "deepspeed", "transformers", "bitsandbytes")
 
 
 class Report:
-    """A bench's output: rows go to stdout as they are measured; with `out` also to OUT/NAME.md and OUT/NAME.json,
-    written whole after every case, so that an interrupted bench keeps what it has.
+    """A bench's output. Rows are printed as they are measured; with `out`, OUT/NAME.md and OUT/NAME.json are also
+    rewritten after every case, so that an interrupted bench keeps its results.
     """
 
     def __init__(self, name: str, columns: list[str], device, out: Path | None = None, notes: list[str] = ()):
@@ -41,7 +41,7 @@ class Report:
         self._say(self._row(columns), self._row(["-" * width for width in self.widths]))
 
     def add(self, case: dict, rows: list[list]) -> None:
-        """One measured case: `case` goes to the JSON as it is, `rows` to the table."""
+        """Add one measured case: `case` to the JSON unchanged, `rows` to the table."""
         self.cases.append(case)
         self._say(*map(self._row, rows))
         if self.out:
@@ -60,7 +60,7 @@ class Report:
 
 
 def shown(cell) -> str:
-    """A table's cell: three significant digits of a float (1,234 from a thousand up), "-" for None."""
+    """Format a table cell: floats with three significant digits (1,234 from 1,000 up), "-" for None."""
     if cell is None:
         return "-"
     if not isinstance(cell, float):
@@ -69,12 +69,12 @@ def shown(cell) -> str:
 
 
 def megabytes(nbytes: int | None) -> float | None:
-    """MB are 1e6 bytes."""
+    """Bytes in MB of 1e6 bytes."""
     return None if nbytes is None else nbytes / 1e6
 
 
 def environment(device) -> dict:
-    """Device, versions, threads, load and command, as plain values."""
+    """Device, versions, threads, load and command."""
     from sltrain_ds.ops import builder, cuda
 
     device = torch.device(device)
@@ -97,7 +97,7 @@ def environment(device) -> dict:
 
 
 def describe(found: dict) -> str:
-    """The command and where it ran, a line each."""
+    """The command and its environment, one line each."""
     versions = ", ".join(f"{name} {found[name]}" for name in ("sltrain_ds", "python", *PACKAGES))
     where = f"{found['device']}, {found['cores']} cores, {found['threads']} threads, load {found['load']} at the start"
     level = f", CPU level {found['cpu_level']}" if found["cpu_level"] else ""

@@ -1,4 +1,4 @@
-"""Whole training steps through the real engine: full-rank, SLTrain, and SLTrain on the naive operator, side by side."""
+"""Benchmark of whole training steps on the real engine: full-rank, SLTrain, and SLTrain with the naive operator."""
 
 import contextlib
 import copy
@@ -36,11 +36,11 @@ COLUMNS = [
     "config", "method", "M params", "tokens", "data", "ms a step", "tokens/s", "x naive's speed", "x full-rank's time",
     "held MB", "peak MB", "engines",
 ]  # fmt: skip
-ROOM = 0.9  # of the free memory, for what the estimate does not count
+ROOM = 0.9  # fraction of the free memory to use; the rest is for memory that the estimate does not count
 
 
 def bench(configs, overrides, methods, device, steps, out=None) -> list[dict]:
-    """Measure every config with every method; prints the table and returns the cases (see docs/benchmarks.md)."""
+    """Measure every config with every method; print the table and return the cases (see docs/benchmarks.md)."""
     _be_the_only_rank()
     report = Report("step", COLUMNS, device, out)
     for path in configs:
@@ -50,7 +50,7 @@ def bench(configs, overrides, methods, device, steps, out=None) -> list[dict]:
 
 
 def measure(path, data: dict, methods, device, steps: int) -> dict:
-    """A case: by method its `times` (seconds a step, paired by position where `engines` is "together") and bytes."""
+    """One case: per method its `times` (seconds per step, paired by position if `engines` is "together") and bytes."""
     runs = {method: variant(path, data, method) for method in methods}
     needs = {method: estimate(run).peak for method, run in runs.items()}
     free = ROOM * free_bytes(device)
@@ -72,7 +72,7 @@ def measure(path, data: dict, methods, device, steps: int) -> dict:
 
 
 def variant(path, data: dict, method: str):
-    """The file's `RunConfig` with another method: "full_rank", or its own, which must be sltrain."""
+    """The file's `RunConfig` with method "full_rank", or with its own, which must be sltrain."""
     data = copy.deepcopy(data)
     own = data.get("sltrain", {}).get("method", {})
     if method == "full_rank":
@@ -85,8 +85,8 @@ def variant(path, data: dict, method: str):
 class Engine:
     """A run's engine and batches; `step()` is one optimizer step as the training loop does it.
 
-    `facts`: parameters, tokens of a step, kind of data, `held` (weights, index, states, masters) and `peak` bytes, the
-    most alive at once in a third step.
+    `facts`: parameters, tokens per step, kind of data, `held` bytes (weights, index, states, masters) and `peak` bytes
+    (of the third step).
     """
 
     def __init__(self, run, naive: bool, device):
@@ -131,7 +131,7 @@ class Engine:
 
 
 def table_rows(case: dict) -> list[list]:
-    """A row a method: medians, its speed in the naive one's, its time in full-rank's."""
+    """One row per method: medians, speed relative to naive, time relative to full-rank."""
     rows, found = [], case["methods"]
     for method, one in found.items():
         median = statistics.median(one["times"])
@@ -168,7 +168,7 @@ def _be_the_only_rank() -> None:
 
 
 def alone() -> dict[str, str]:
-    """What the launcher would set for one rank."""
+    """Environment variables that the launcher would set for one rank."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

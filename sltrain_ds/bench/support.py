@@ -1,4 +1,4 @@
-"""The support's own costs: drawing it, and adding S into W and reading dW at it, against a plain copy's bandwidth."""
+"""Benchmark of the support: drawing it, scattering S into W and gathering dW, relative to a plain copy's bandwidth."""
 
 import statistics
 import time
@@ -16,13 +16,13 @@ from sltrain_ds.methods import SLTrainLinear
 from sltrain_ds.ops import sparse, support
 
 COLUMNS = ["layer", "dtype", "operator", "non-zeros", "ms", "ns a non-zero", "MB to touch", "GB/s", "of a copy's"]
-# bytes that memory moves at least; a GPU's caches ask for 32, its memory may answer with 64
+# smallest unit of memory transfer, in bytes; a GPU's caches request 32, its memory may transfer 64
 SECTORS = {"cpu": (64,), "cuda": (32, 64)}
-BEYOND_CACHES = 2.5e8  # bytes of W to go through in turn, so that none is found in a cache
+BEYOND_CACHES = 2.5e8  # total bytes of the Ws used in turn, so that none stays in a cache
 
 
 def bench(shapes, dtypes, device, rounds, seconds, out=None) -> list[dict]:
-    """Measure every shape and dtype; prints the table and returns the cases (see docs/benchmarks.md)."""
+    """Measure every shape and dtype; print the table and return the cases (see docs/benchmarks.md)."""
     report = Report("support", COLUMNS, device, out)
     for shape in shapes:
         for dtype in dtypes:
@@ -32,7 +32,7 @@ def bench(shapes, dtypes, device, rounds, seconds, out=None) -> list[dict]:
 
 
 def measure(shape, dtype: str, device, rounds=15, seconds=10.0) -> dict:
-    """A case: by operator its `times` (seconds a call, paired by position) and the `bytes` that it must touch."""
+    """One case: per operator its `times` (seconds per call, paired by position) and the `bytes` it must touch."""
     out, in_, kind = shape.out_features, shape.in_features, DTYPES[dtype]
     nnz = support.nnz_of(shape.density, out, in_)
     rows, columns = (part.to(device) for part in support.sample(out, in_, nnz, 0, "bench"))
@@ -79,14 +79,14 @@ def _by(name, sector, first):
 
 
 def sectors_touched(rows, columns, in_features: int, itemsize: int, sector: int) -> int:
-    """Bytes of W's sectors that hold a position of the support, W beginning at a sector's edge."""
+    """Bytes of W's sectors that contain a position of the support, for W aligned to a sector."""
     positions = support.to_flat_index(rows, columns, in_features)  # ascending
     hit = torch.div(positions * itemsize, sector, rounding_mode="floor")
     return sector * torch.unique_consecutive(hit).numel()
 
 
 def table_rows(case: dict) -> list[list]:
-    """A row an operator; GB are 1e9 bytes."""
+    """One row per operator; GB are 1e9 bytes."""
     found, rows = case["operators"], []
     copied = found["copy of W"]
     for name, one in found.items():
@@ -103,8 +103,8 @@ def table_rows(case: dict) -> list[list]:
 
 
 def draw_model(name: str) -> dict:
-    """Draw all supports of a preset as its layers do before their first use, checksums included; nothing else of the
-    model is held. Prints and returns {"positions", "seconds", "layers"}.
+    """Draw all supports of a preset as its layers do before their first use, with checksums; no other part of the
+    model is allocated. Prints and returns {"positions", "seconds", "layers"}.
     """
     preset = f"llama_{name.lower()}"
     if preset not in RECIPES:

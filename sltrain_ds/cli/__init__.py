@@ -1,4 +1,4 @@
-"""`sltrain-ds VERB`: a file a verb, each with `add_parser(subparsers)` and `run(args)`."""
+"""`sltrain-ds VERB`: one module per verb, each with `add_parser(subparsers)` and `run(args)`."""
 
 import argparse
 import signal
@@ -8,7 +8,7 @@ from importlib import import_module
 from sltrain_ds import __version__
 from sltrain_ds.errors import UserError, os_error_line
 
-# verb -> module; imported only when called, so that `estimate` does not wait for torch
+# verb -> module, imported only when called, so that `estimate` does not import torch
 VERBS = {
     "config": "config",
     "tokenizer": "tokenizer",
@@ -26,10 +26,10 @@ VERBS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one verb. Exit code 0, what the verb returns, or 2 with one line on stderr: `UserError` and `OSError`."""
+    """Run one verb and return the exit code: the verb's, or 2 with one line on stderr for `UserError` and `OSError`."""
     if argv is None:
         argv = sys.argv[1:]
-        # a SIGTERM ends it as Ctrl-C does, so that what was begun under a temporary name is removed
+        # SIGTERM unwinds like Ctrl-C, so that temporary files are removed
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     parser = argparse.ArgumentParser(
         prog="sltrain-ds", description="SLTrain pretraining on DeepSpeed. Verbs: " + ", ".join(VERBS)

@@ -1,4 +1,4 @@
-"""`python -m sltrain_ds.cli VERB`, where the console script is not on PATH."""
+"""`python -m sltrain_ds.cli VERB`, for when the console script is not on PATH."""
 
 import sys
 

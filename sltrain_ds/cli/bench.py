@@ -1,11 +1,11 @@
-"""`sltrain-ds bench op|step|profile|adam8bit|support|memory`: side by side in one run, medians and ratios."""
+"""`sltrain-ds bench op|step|profile|adam8bit|support|memory`: side-by-side measurements, medians and ratios."""
 
 import os
 from pathlib import Path
 
 from sltrain_ds.errors import UserError
 
-SHAPES, TOKENS = "60m,130m,350m,1b,7b", "256,1024,8192"  # of bench op
+SHAPES, TOKENS = "60m,130m,350m,1b,7b", "256,1024,8192"  # defaults of bench op
 
 
 def add_parser(subparsers):
@@ -14,10 +14,10 @@ def add_parser(subparsers):
 
     op = benches.add_parser("op", help="one layer: dense, naive and every mode, forward and backward")
     op.add_argument("--shapes", help=f"presets or OUTxIN:rRANK[:dDENSITY] (default {SHAPES})")
-    op.add_argument("--tokens", help=f"tokens of a pass (default {TOKENS})")
+    op.add_argument("--tokens", help=f"tokens per pass (default {TOKENS})")
     op.add_argument("--dtypes", default="fp32,bf16")
-    op.add_argument("--modes", help="default: all there are")
-    op.add_argument("--density", type=float, help="instead of each shape's own")
+    op.add_argument("--modes", help="default: all modes")
+    op.add_argument("--density", type=float, help="override each shape's density")
     _common(op)
 
     step = benches.add_parser("step", help="whole training steps: full-rank, SLTrain, SLTrain on the naive operator")
@@ -27,11 +27,11 @@ def add_parser(subparsers):
     step.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the files")
     _where(step)
 
-    profile = benches.add_parser("profile", help="a config's steps closely: bytes, MFU, launches, waits, kernels")
+    profile = benches.add_parser("profile", help="a config's steps in detail: bytes, MFU, launches, waits, kernels")
     profile.add_argument("config", metavar="CONFIG")
     profile.add_argument("--methods", default="sltrain,full_rank")
-    profile.add_argument("--tokens", default="256,8192", help="of a step (default %(default)s)")
-    profile.add_argument("--sequence", type=int, default=2048, metavar="N", help="at most (default %(default)s)")
+    profile.add_argument("--tokens", default="256,8192", help="tokens per step (default %(default)s)")
+    profile.add_argument("--sequence", type=int, default=2048, metavar="N", help="maximum length (default %(default)s)")
     profile.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the file")
     _common(profile)
 
@@ -40,16 +40,16 @@ def add_parser(subparsers):
     adam.add_argument("--dtypes", default="fp32,bf16", help="of parameter and gradient (default %(default)s)")
     _common(adam)
 
-    support = benches.add_parser("support", help="draw a support, add S into W, read dW at it, beside a plain copy")
+    support = benches.add_parser("support", help="draw a support, scatter S into W, gather dW, compared with a copy")
     support.add_argument("--shapes", default="7b", help="presets or OUTxIN:rRANK[:dDENSITY] (default %(default)s)")
-    support.add_argument("--density", type=float, help="instead of each shape's own")
+    support.add_argument("--density", type=float, help="override each shape's density")
     support.add_argument("--dtypes", default="fp32,bf16", help="of W and the values (default %(default)s)")
-    support.add_argument("--model", help="instead: draw all supports of this preset, such as 7b, on the CPU")
+    support.add_argument("--model", help="only draw all supports of this preset, such as 7b, on the CPU")
     _common(support)
 
-    memory = benches.add_parser("memory", help="real steps: the peak against the estimate and the paper's figure")
+    memory = benches.add_parser("memory", help="peak of real steps compared with the estimate and the paper's figure")
     memory.add_argument("--config", default="ds_configs/llama_350m_per_layer.json", metavar="CONFIG")
-    memory.add_argument("--steps", dest="pairs", type=int, default=2, metavar="N", help="optimizer steps of a row")
+    memory.add_argument("--steps", dest="pairs", type=int, default=2, metavar="N", help="optimizer steps per row")
     memory.add_argument("--rows", choices=("all", "own"), default="all", help="own: run the recipe, estimate the rest")
     memory.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the file")
     _where(memory)
@@ -57,19 +57,19 @@ def add_parser(subparsers):
 
 
 def _common(parser):
-    parser.add_argument("--pairs", type=int, default=15, metavar="N", help="rounds at most (default %(default)s)")
-    parser.add_argument("--seconds", type=float, default=10.0, help="of a case, after 3 rounds (default %(default)s)")
+    parser.add_argument("--pairs", type=int, default=15, metavar="N", help="maximum rounds (default %(default)s)")
+    parser.add_argument("--seconds", type=float, default=10.0, help="per case, after 3 rounds (default %(default)s)")
     _where(parser)
 
 
 def _where(parser):
-    parser.add_argument("--threads", type=int, help="CPU threads; default torch's own")
-    parser.add_argument("--device", help="cpu or cuda; default: cuda where there is one")
+    parser.add_argument("--threads", type=int, help="CPU threads; default: torch's")
+    parser.add_argument("--device", help="cpu or cuda; default: cuda if available")
     parser.add_argument("--out", type=Path, metavar="DIR", help="also write DIR/BENCH.md and DIR/BENCH.json")
 
 
 def run(args) -> int:
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the memory meter's profiler announces each start; read at import
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # silences the memory meter's profiler; read at import
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     device = _device(args)
     if device == "cpu":
@@ -152,7 +152,7 @@ def _device(args) -> str:
         option = "--steps" if args.bench in ("step", "memory") else "--pairs"
         raise UserError(f"{option} {args.pairs}: must be at least 1")
     if args.out is not None and args.out.exists() and not args.out.is_dir():
-        raise UserError(f"--out {args.out}: is a file; give a directory")  # now, not when all is measured
+        raise UserError(f"--out {args.out}: is a file; give a directory")  # before measuring, not after
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device.split(":")[0] not in ("cpu", "cuda"):
         raise UserError(f"--device {device}: must be cpu or cuda")

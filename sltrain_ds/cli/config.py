@@ -1,4 +1,4 @@
-"""`sltrain-ds config check FILE` prints the resolved config; `sltrain-ds config schema` the JSON Schema."""
+"""`sltrain-ds config check FILE` prints the resolved config, `sltrain-ds config schema` the JSON Schema."""
 
 import json
 import sys
@@ -11,7 +11,7 @@ def add_parser(subparsers):
     check.add_argument("config", help="the JSON file")
     check.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key, as in training")
     check.add_argument("--gpus", type=int, default=1, metavar="N", help="number of ranks (default 1)")
-    check.add_argument("--no-files", action="store_true", help="do not look for the tokenizer and the data")
+    check.add_argument("--no-files", action="store_true", help="do not check that tokenizer and data exist")
     actions.add_parser("schema", help="print the JSON Schema of a config file")
     return parser
 
@@ -30,7 +30,7 @@ def run(args) -> int:
         print(f"resolved: {key} = {json.dumps(value)}", file=sys.stderr)
     print(
         f"batch: {resolved.train_batch_size} sequences = {resolved.micro_batch_size} x {resolved.accumulation} "
-        f"accumulated x {resolved.world_size} GPUs; {resolved.tokens_per_step:,} tokens a step",
+        f"accumulated x {resolved.world_size} GPUs; {resolved.tokens_per_step:,} tokens per step",
         file=sys.stderr,
     )
     return 0

@@ -8,7 +8,7 @@ def add_parser(subparsers) -> None:
     parser = subparsers.add_parser("data", help="prepare, verify and describe training data")
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
 
-    prepare = actions.add_parser("prepare", help="tokenize text into shards; run again after a stop, it goes on")
+    prepare = actions.add_parser("prepare", help="tokenize text into shards; run it again to resume after a stop")
     prepare.add_argument("--input", nargs="+", default=[], metavar="FILE", help=".txt, .jsonl (also .xz .gz), .parquet")
     prepare.add_argument("--hub", metavar="NAME", help="a hub data set, streamed, e.g. allenai/c4")
     prepare.add_argument("--hub-config", metavar="C", help="its configuration, e.g. en")
@@ -16,28 +16,28 @@ def add_parser(subparsers) -> None:
     prepare.add_argument("--tokenizer", required=True, metavar="DIR")
     prepare.add_argument("--out", required=True, metavar="DIR")
     prepare.add_argument("--val-fraction", type=float, default=0.01, metavar="F", help="of documents (default: 0.01)")
-    prepare.add_argument("--val-seed", type=int, default=0, metavar="N", help="another choice of them (default: 0)")
+    prepare.add_argument("--val-seed", type=int, default=0, metavar="N", help="seed of the split (default: 0)")
     prepare.add_argument("--text-column", default="text", metavar="NAME", help="of JSONL, parquet, hub (default: text)")
     prepare.add_argument(
         "--documents",
         default="chapters",
         metavar="RULE",
-        help="how a text file is cut: chapters (three blank lines; the default), paragraphs, lines, file",
+        help="how a text file is split: chapters (three blank lines; default), paragraphs, lines, file",
     )
     prepare.add_argument("--workers", type=int, metavar="N", help="tokenizer threads (default: all cores)")
-    prepare.add_argument("--shard-tokens", type=int, default=1 << 28, metavar="N", help="a file (default: 268,435,456)")
+    prepare.add_argument("--shard-tokens", type=int, default=1 << 28, metavar="N", help="each (default: 268,435,456)")
     prepare.add_argument("--max-documents", type=int, metavar="N")
     prepare.add_argument("--dtype", default="auto", metavar="T", help="uint16 or uint32 (default: by vocabulary)")
-    prepare.add_argument("--overwrite", action="store_true", help="replace what a preparation left in --out")
+    prepare.add_argument("--overwrite", action="store_true", help="replace prepared data in --out")
 
-    verify = actions.add_parser("verify", help="read all shards against their sha256")
+    verify = actions.add_parser("verify", help="check all shards against their sha256")
     verify.add_argument("dir", metavar="DIR")
 
     info = actions.add_parser("info", help="documents, tokens, sequences; unigram and bigram perplexity")
     info.add_argument("dir", metavar="DIR")
     info.add_argument("--sequence-length", type=int, default=256, metavar="N")
     info.add_argument("--ngram", action="store_true", help="perplexity of unigram and interpolated bigram")
-    info.add_argument("--eval-tokens", type=int, default=10_000_000, metavar="N", help="as eval.tokens of the config")
+    info.add_argument("--eval-tokens", type=int, default=10_000_000, metavar="N", help="like eval.tokens of the config")
     info.add_argument("--json", action="store_true")
 
 
@@ -51,7 +51,7 @@ def _prepare(args: argparse.Namespace) -> int:
     if args.workers is not None:
         if args.workers < 1:
             raise UserError(f"--workers {args.workers}: must be at least 1")
-        os.environ["RAYON_NUM_THREADS"] = str(args.workers)  # read once, when the tokenizer first works
+        os.environ["RAYON_NUM_THREADS"] = str(args.workers)  # read once, at the tokenizer's first use
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     from sltrain_ds.data.prepare import Preparation, prepare
 
@@ -72,7 +72,7 @@ def _counts(index: dict) -> str:
 def _verify(args: argparse.Namespace) -> int:
     from sltrain_ds.data.index import verify
 
-    print(f"data: {_counts(verify(args.dir))}; every shard as written")
+    print(f"data: {_counts(verify(args.dir))}; all shards verified")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""`sltrain-ds doctor`: versions, ops built or not, apex, bitsandbytes, the accelerator; `--build` compiles ahead."""
+"""`sltrain-ds doctor`: reports versions, ops, apex, bitsandbytes and the accelerator; `--build` compiles the ops."""
 
 import argparse
 import importlib.metadata
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from sltrain_ds import __version__
 
-SUPPORTED = {  # package -> [at least, below), as setup.py asks for
+SUPPORTED = {  # package -> [at least, below), as in setup.py
     "torch": ("2.11", "2.16"),
     "deepspeed": ("0.19.8", "0.20"),
     "transformers": ("5.17", "6"),
@@ -24,14 +24,14 @@ APEX_EXTENSIONS = ("amp_C", "fused_layer_norm_cuda", "xentropy_cuda")
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
-    parser = subparsers.add_parser("doctor", help="what is installed, what is built, what is missing")
+    parser = subparsers.add_parser("doctor", help="report what is installed, built and missing")
     parser.add_argument("--build", action="store_true", help="build the C++ ops now, before any rank starts")
-    parser.add_argument("--json", action="store_true", help="the same as one JSON object on stdout")
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit code 1 if `--build` was asked and the ops did not get built although there is a compiler; else 0."""
-    if args.json:  # builds print; keep stdout for the object
+    """Exit code 1 if `--build` was given and building the ops failed although there is a compiler, else 0."""
+    if args.json:  # builds print; reserve stdout for the object
         stdout, sys.stdout = sys.stdout, sys.stderr
     try:
         built = build() if args.build else None
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def build() -> dict:
-    """Build our ops, and what DeepSpeed's first engine start on the CPU would build, so that no rank compiles."""
+    """Build our ops and the op that DeepSpeed's first engine on the CPU would build, so that no rank compiles."""
     import torch
 
     from sltrain_ds.ops import builder, cuda
@@ -59,7 +59,7 @@ def build() -> dict:
 
 
 def examine() -> dict:
-    """Everything that `doctor` tells, as plain values."""
+    """Everything that `doctor` reports, as plain values."""
     versions = {name: _version(name) for name in SUPPORTED}
     return {
         "sltrain_ds": __version__,
@@ -76,7 +76,7 @@ def examine() -> dict:
 
 
 def ops() -> dict:
-    """The C++ ops as ds_report tells DeepSpeed's: {"installed", "compatible", "kind", "detail"}."""
+    """State of the C++ ops in ds_report's terms: {"installed", "compatible", "kind", "detail"}."""
     from sltrain_ds.ops import builder
 
     kind, detail = builder.status()
@@ -84,7 +84,7 @@ def ops() -> dict:
 
 
 def cpu_level() -> str:
-    """The instruction set that the C++ ops use, and whether it was forced."""
+    """Instruction set that the C++ ops use, and whether it was forced."""
     from sltrain_ds.ops import builder
 
     level = builder.cpu_level_in_force()
@@ -94,7 +94,7 @@ def cpu_level() -> str:
 
 
 def cuda_ops() -> dict:
-    """The CUDA kernels: {"serve": whether CUDA tensors get them, "detail": the library's path or the reason}."""
+    """State of the CUDA kernels: {"serve": whether CUDA tensors use them, "detail": library path or reason}."""
     from sltrain_ds.ops import cuda
 
     serve, detail = cuda.status()
@@ -102,7 +102,7 @@ def cuda_ops() -> dict:
 
 
 def apex() -> str:
-    """NVIDIA's apex told from the unrelated package of that name on PyPI, without importing either."""
+    """Distinguish NVIDIA's apex from the unrelated package of that name on PyPI, without importing either."""
     spec = importlib.util.find_spec("apex")
     if spec is None:
         return "not installed (optional)"
@@ -111,12 +111,12 @@ def apex() -> str:
         return "another package called apex (PyPI's), not NVIDIA's: uninstall it"
     missing = [name for name in APEX_EXTENSIONS if importlib.util.find_spec(name) is None]
     if missing:
-        return f"NVIDIA apex without its CUDA extensions ({', '.join(missing)}): install it as its README tells"
+        return f"NVIDIA apex without its CUDA extensions ({', '.join(missing)}): install it as described in its README"
     return "NVIDIA apex with its CUDA extensions"
 
 
 def bitsandbytes() -> str:
-    """Whether 8-bit states can be had from bitsandbytes, and where they run."""
+    """Whether bitsandbytes can provide 8-bit states, and on which device."""
     import torch
 
     if importlib.util.find_spec("bitsandbytes") is None:
@@ -129,7 +129,7 @@ def bitsandbytes() -> str:
 
 
 def accelerator() -> str:
-    """The device that a run would use."""
+    """Device that a run would use."""
     import torch
 
     if torch.cuda.is_available():
@@ -141,7 +141,7 @@ def accelerator() -> str:
 
 
 def warnings(versions: dict) -> list[str]:
-    """What lies outside the supported ranges."""
+    """Versions outside the supported ranges, one line each."""
     found = {"python": platform.python_version(), **versions}
     lines = []
     for name, (least, below) in {"python": PYTHON, **SUPPORTED}.items():
@@ -149,12 +149,12 @@ def warnings(versions: dict) -> list[str]:
         if found[name] is None:
             lines.append(f"{name} is not installed; supported: {wanted}")
         elif not _within(found[name], least, below):
-            lines.append(f"{name} {found[name]} is outside what is tested; supported: {wanted}")
+            lines.append(f"{name} {found[name]} is outside the tested range; supported: {wanted}")
     return lines
 
 
 def as_text(found: dict) -> str:
-    """The report for people, ops in ds_report's columns."""
+    """The report as text, ops in ds_report's columns."""
     rule = "-" * 74
     lines = [rule, f"sltrain_ds {found['sltrain_ds']}, Python {found['python']}", rule]
     lines += [

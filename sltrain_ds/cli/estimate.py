@@ -1,4 +1,4 @@
-"""`sltrain-ds estimate CONFIG.json [--gpus N]`: memory by category on each GPU, before anything is built."""
+"""`sltrain-ds estimate CONFIG.json [--gpus N]`: estimated memory by category per GPU, without building the model."""
 
 import json
 from pathlib import Path
@@ -7,12 +7,12 @@ from sltrain_ds.memory.libraries import KINDS
 
 
 def add_parser(subparsers):
-    parser = subparsers.add_parser("estimate", help="memory by category, per GPU, before anything is built")
+    parser = subparsers.add_parser("estimate", help="estimated memory by category, per GPU, without building the model")
     parser.add_argument("config", type=Path)
     parser.add_argument("--gpus", type=int, default=1, metavar="N", help="number of GPUs (default 1)")
     parser.add_argument(
         "--device", choices=KINDS, default="cpu",
-        help="count what libraries take on such a device too (h100: this one and later; default cpu: nothing)",
+        help="also count memory of libraries on this device (h100: that one and later; default cpu: none)",
     )  # fmt: skip
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the file")
     parser.add_argument("--json", action="store_true", help="one JSON object, sizes in bytes")
@@ -33,12 +33,12 @@ def run(args) -> int:
 
 
 def text(settings, result) -> str:
-    """The estimate as a table: this run beside the dense model, then the paper's count."""
+    """The estimate as a table: this run next to the dense model, then the paper's count."""
     dense = result.dense
     method = settings.sltrain.method.name
     lines = [
         f"{settings.path}: {method}, {result.gpus} GPU{'s' * (result.gpus > 1)}, ZeRO-{result.zero_stage}, weights "
-        f"{settings.weights}, states {settings.sltrain.precision.states}, {result.tokens:,} tokens a micro-batch",
+        f"{settings.weights}, states {settings.sltrain.precision.states}, {result.tokens:,} tokens per micro-batch",
         "",
         _row("parameters (M)", method, "full_rank"),
     ]
@@ -55,9 +55,9 @@ def text(settings, result) -> str:
     lines += [sizes("  total", lambda e: e.total), sizes("at its peak", lambda e: e.peak)]
     for moment, label in (("initialize", "while built"), ("backward", "in backward"), ("step", "in the step")):
         lines.append(sizes("  " + label, lambda e, moment=moment: e.moments[moment]))
-    lines += ["", "the paper's count (2 bytes a weight, 4 of moments, 8 an index)    params (M)        GB"]
+    lines += ["", "the paper's count (bytes: 2 per weight, 4 moments, 8 per index)   params (M)        GB"]
     lines += [f"  {name:<60}{row.millions:>14}{row.gigabytes:>10}" for name, row in result.paper.items()]
-    lines += ["", "Bytes of tensors: gradients, buckets and activations modelled (docs/memory.md), the rest exact."]
+    lines += ["", "Bytes of tensors: gradients, buckets and activations are modelled (docs/memory.md), others exact."]
     return "\n".join(lines)
 
 

@@ -13,18 +13,18 @@ def add_parser(subparsers):
     parser.add_argument("--tokens", type=int, default=10_000_000, help="token budget (default 10,000,000)")
     parser.add_argument("--sequence-length", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--mask-documents", action="store_true", help="no attention across document borders")
-    parser.add_argument("--device", default=None, help="default: cuda where there is one, else cpu")
+    parser.add_argument("--mask-documents", action="store_true", help="no attention across document boundaries")
+    parser.add_argument("--device", default=None, help="default: cuda if available, else cpu")
     parser.add_argument("--json", action="store_true")
     return parser
 
 
 def run(args) -> int:
     if not (args.model / "config.json").is_file():
-        raise UserError(f"{args.model}: no config.json there; give a model directory (see `sltrain-ds export`)")
+        raise UserError(f"{args.model}: has no config.json; give a model directory (see `sltrain-ds export`)")
     if (args.model / "checkpoints").is_dir():
         raise UserError(
-            f"{args.model}: is a run, not a model; `sltrain-ds export {args.model} OUT_DIR` makes one, give that"
+            f"{args.model}: is a run, not a model; give the output of `sltrain-ds export {args.model} OUT_DIR`"
         )
     for flag, least in (("tokens", 1), ("sequence_length", 2), ("batch_size", 1)):
         if getattr(args, flag) < least:
@@ -39,7 +39,7 @@ def run(args) -> int:
     data = TokenData(args.data, "validation", args.sequence_length)
     model = _load(args.model)
     _check_fit(model.config, data, args)
-    model.config.use_cache = False  # with it, transformers takes no notice of where documents begin
+    model.config.use_cache = False  # with use_cache, transformers ignores document boundaries
     batches = evaluation_batches(data, args.tokens, args.batch_size, mask_documents=args.mask_documents)
     result = evaluate(model.to(device), batches, device)
     if args.json:
@@ -55,12 +55,12 @@ def _device(torch, name: str | None) -> str:
     try:
         torch.zeros(1, device=name).item()  # unknown, absent and meta devices all fail here
     except (RuntimeError, AssertionError, ImportError) as error:
-        raise UserError(f"--device {name}: cannot be used ({str(error).splitlines()[0]}); cpu always can") from None
+        raise UserError(f"--device {name}: cannot be used ({str(error).splitlines()[0]}); cpu always works") from None
     return name
 
 
 def _load(path: Path):
-    """The model of a plain or converted directory, every weight read from it. Raises `UserError` naming `path`."""
+    """Load the model of a plain or converted directory, with all of its weights. Raises `UserError` naming `path`."""
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
@@ -72,10 +72,10 @@ def _load(path: Path):
             return load_converted(path)
         model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, trust_remote_code=False)
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError, StrictDataclassError) as error:
-        raise UserError(f"{path}: cannot be loaded ({_one_line(error)}); export it anew") from None
+        raise UserError(f"{path}: cannot be loaded ({_one_line(error)}); export it again") from None
     missing = sorted(info["missing_keys"])
-    if missing:  # transformers would draw them at random
-        raise UserError(f"{path}: its files lack {missing[0]} ({len(missing)} missing in all); export it anew")
+    if missing:  # transformers would initialize them at random
+        raise UserError(f"{path}: its files lack {missing[0]} ({len(missing)} missing in all); export it again")
     return model
 
 

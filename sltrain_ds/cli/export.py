@@ -1,4 +1,4 @@
-"""`sltrain-ds export CHECKPOINT_DIR OUT_DIR`: a run's checkpoint -> a plain dense Hugging Face model."""
+"""`sltrain-ds export CHECKPOINT_DIR OUT_DIR`: converts a run's checkpoint to a plain dense Hugging Face model."""
 
 from pathlib import Path
 
@@ -20,5 +20,5 @@ def run(args) -> int:
     size = f"{done.parameters / 1e6:,.1f}M parameters, {done.bytes / 1e9:.3f} GB in {str(done.dtype)[6:]}"
     print(f"exported step {done.step}: {size}, {done.files} file{'s' * (done.files > 1)} in {args.out}")
     if done.tokenizer is None:
-        print("no tokenizer was copied: the directory that the run names holds none here; copy yours beside the model")
+        print("no tokenizer was copied: the run's tokenizer directory is missing or empty; copy yours into the model")
     return 0

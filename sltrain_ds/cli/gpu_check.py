@@ -1,8 +1,8 @@
-"""Everything that only a GPU can tell, in one go: `bash launch/gpu_check.sh` prepares the ground and starts this.
+"""All checks that need a GPU in one command; `bash launch/gpu_check.sh` sets up the environment and starts this.
 
-Parts run one after another, in the order of what they tell, each a process with a limit of its own. After each,
-results.md and results.json are written anew and log.txt grows, so that a check that is cut short has told what it
-could. Exit code 0 when no part failed (to run out of time is no failure), 1 when one did.
+Parts run one after another, most informative first, each in its own process with its own time limit. After each part
+results.md and results.json are rewritten and log.txt is extended, so that an interrupted check keeps its results. Exit
+code 1 if a part failed, else 0 (running out of time is not a failure).
 """
 
 import argparse
@@ -24,8 +24,8 @@ from pathlib import Path
 from sltrain_ds.files import write_json, write_text
 
 ENOUGH = 520  # seconds for all parts at full length
-LEAST = 8  # seconds under which no part is begun
-TAIL = 40  # lines of a part's output that the results keep
+LEAST = 8  # no part is started with fewer seconds left
+TAIL = 40  # last lines of a part's output kept in the results
 CLI = (sys.executable, "-m", "sltrain_ds.cli")
 PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
 NOT_BUILT = r"CUDA kernels \.+ \[NO\]|PyTorch reference serves"
@@ -38,20 +38,20 @@ SMALL = ('sltrain.model={"preset":"llama_quickstart","activation_checkpointing":
 
 @dataclass(frozen=True)
 class Part:
-    """A command and what it tells; `limit` is its seconds at most. It may write tables into the folder {out}."""
+    """A command and what it checks; `limit` is its time limit in seconds. It may write tables into the folder {out}."""
 
     name: str
     tells: str
     limit: float
     command: tuple[str, ...]
-    needs: str | None = None  # a program that must be there
+    needs: str | None = None  # a program that must be installed
     fails_on: str | None = None  # a regular expression that the output must not match
 
 
 def parts(gpu: bool, scale: float = 1.0) -> list[Part]:
-    """All parts in order. `scale` shortens limits and the seconds a benchmark measures; 1.0 is for `ENOUGH`.
+    """All parts in order. `scale` scales the limits and the benchmarks' seconds; 1.0 is for `ENOUGH`.
 
-    Without a GPU: the same commands at small sizes.
+    Without a GPU, the same commands run at small sizes.
     """
     short = scale < 0.75
 
@@ -96,7 +96,7 @@ def parts(gpu: bool, scale: float = 1.0) -> list[Part]:
         ),
         Part(
             "memcheck", "the kernels under compute-sanitizer", 60,
-            # without the caching allocator, so that what lies past a tensor's end is nobody's
+            # without the caching allocator, so that memory past a tensor's end is unallocated
             ("env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", "compute-sanitizer", "--tool", "memcheck", "--error-exitcode",
              "9", *PYTEST, "tests/gpu/test_kernels.py", "-k", "(adam and 257) or (scatter and shape1)"),
             needs="compute-sanitizer", fails_on=SKIPPED,
@@ -108,17 +108,17 @@ def parts(gpu: bool, scale: float = 1.0) -> list[Part]:
     ]  # fmt: skip
     if gpu:
         return [replace(part, limit=part.limit * max(scale, 0.75)) for part in found]
-    return [replace(part, fails_on=None) for part in found]  # nothing of a GPU's is there, and that is no fault
+    return [replace(part, fails_on=None) for part in found]  # missing CUDA kernels are expected
 
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(prog="sltrain_ds.cli.gpu_check", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="results.md, results.json, log.txt")
-    parser.add_argument("--limit", type=float, default=ENOUGH, metavar="SECONDS", help="of all (default %(default)s)")
-    parser.add_argument("--spent", type=float, default=0.0, metavar="SECONDS", help="of the limit, before this start")
-    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where nvidia-smi shows one")
+    parser.add_argument("--limit", type=float, default=ENOUGH, metavar="SECONDS", help="in all (default %(default)s)")
+    parser.add_argument("--spent", type=float, default=0.0, metavar="SECONDS", help="already used of the limit")
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda if nvidia-smi shows one")
     parser.add_argument("--commit", default="", help="of the checkout, for the results")
-    parser.add_argument("--only", default="", metavar="NAME,...", help="these parts alone")
+    parser.add_argument("--only", default="", metavar="NAME,...", help="run only these parts")
     args = parser.parse_args(argv)
     card = None if args.device == "cpu" else nvidia_smi()
     gpu = args.device == "cuda" or card is not None
@@ -133,7 +133,7 @@ def main(argv=None) -> int:
 
 
 class Check:
-    """The parts' results, and the files that tell them."""
+    """Runs the parts and writes their results to files."""
 
     def __init__(self, out: Path, chosen: list[Part], limit: float, began: float, environment: dict):
         self.out, self.parts, self.limit, self.began = out, chosen, limit, began
@@ -190,7 +190,7 @@ class Check:
 
 
 def run(command: list[str], limit: float) -> tuple[int | None, str]:
-    """(exit code, or None where the limit ended it and all that it started; stdout and stderr together)"""
+    """Run a command; returns (exit code, stdout and stderr). At the limit its process group is killed: code None."""
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True
@@ -208,7 +208,7 @@ def run(command: list[str], limit: float) -> tuple[int | None, str]:
 
 
 def where(card: str | None) -> dict[str, str]:
-    """Device and driver, system, versions, command; torch is not imported, so that this takes no time."""
+    """Device and driver, system, versions, command; does not import torch, to be fast."""
     from importlib import metadata
 
     versions = [f"{name} {metadata.version(name)}" for name in NODE if importlib.util.find_spec(name)]
@@ -223,7 +223,7 @@ def where(card: str | None) -> dict[str, str]:
 
 
 def nvidia_smi() -> str | None:
-    """The GPU's name, memory, driver and clocks, or None where there is none."""
+    """The GPU's name, memory, driver and clocks, or None without a GPU."""
     query = "name,memory.total,driver_version,clocks.sm,clocks.max.sm,power.limit"
     try:
         done = subprocess.run(

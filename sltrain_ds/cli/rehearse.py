@@ -1,4 +1,4 @@
-"""`sltrain-ds rehearse CONFIG.json --world N`: the memory of one rank of N, measured on one device."""
+"""`sltrain-ds rehearse CONFIG.json --world N`: measures the memory of one rank of N on one device."""
 
 import contextlib
 import json
@@ -10,14 +10,14 @@ from sltrain_ds.errors import UserError
 
 
 def add_parser(subparsers):
-    parser = subparsers.add_parser("rehearse", help="one device plays one rank of N and measures its memory")
+    parser = subparsers.add_parser("rehearse", help="measure the memory of one rank of N on a single device")
     parser.add_argument("config", type=Path)
     parser.add_argument("--world", type=int, required=True, metavar="N", help="ranks of the real run")
-    parser.add_argument("--rank", type=int, default=0, metavar="R", help="the one that is played (default 0)")
+    parser.add_argument("--rank", type=int, default=0, metavar="R", help="rank to simulate (default 0)")
     parser.add_argument(
-        "--steps", type=int, default=3, help="optimizer steps (default 3; ZeRO-3 gathers ahead from the third)"
+        "--steps", type=int, default=3, help="optimizer steps (default 3; ZeRO-3 prefetches from the third)"
     )
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if available")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the file")
     parser.add_argument("--json", action="store_true", help="one JSON object, sizes in bytes")
     return parser
@@ -55,7 +55,7 @@ def run(args) -> int:
         return 0
     print(
         f"{settings.path}, rank {args.rank} of {args.world}, ZeRO-{settings.zero_stage}, {args.steps} steps on {device}"
-        ": measured as a real rank of that run would hold it; the losses mean nothing\n"
+        ": measured memory equals that of a real rank; the losses are meaningless\n"
     )
     print(meter_table(found["bytes"], found["moments"], settings))
     return 0

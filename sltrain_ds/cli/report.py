@@ -1,4 +1,4 @@
-"""`sltrain-ds report RUN_DIR... --out DIR`: curves, memory, spectra of runs as PNGs and one HTML page."""
+"""`sltrain-ds report RUN_DIR... --out DIR`: plots curves, memory and spectra of runs as PNGs and one HTML page."""
 
 from pathlib import Path
 
@@ -7,16 +7,16 @@ from sltrain_ds.errors import UserError
 
 def add_parser(subparsers):
     parser = subparsers.add_parser("report", help="curves, memory and spectra of runs, as PNGs and one HTML page")
-    parser.add_argument("run_dir", type=Path, nargs="+", help="run directories; several overlay in one plot")
+    parser.add_argument("run_dir", type=Path, nargs="+", help="run directories; several share the plots")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where index.html and the PNGs go")
     parser.add_argument(
         "--layers",
         nargs="+",
         default=[],
         metavar="NAME",
-        help='matrices by parts of their names, such as "layers.0" or "q_proj", or "all" (default: a sample)',
+        help='matrices by name components, such as "layers.0" or "q_proj", or "all" (default: a sample)',
     )
-    parser.add_argument("--rank", type=int, metavar="R", help="r of the residual where the method has no rank")
+    parser.add_argument("--rank", type=int, metavar="R", help="r of the residual if the method has no rank")
     return parser
 
 

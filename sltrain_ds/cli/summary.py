@@ -1,4 +1,4 @@
-"""`sltrain-ds summary RUN_DIR`: what a run reached, beside the n-gram baselines of the same validation tokens."""
+"""`sltrain-ds summary RUN_DIR`: a run's results and the n-gram baselines of the same validation tokens."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ from sltrain_ds.files import write_json
 
 
 def add_parser(subparsers):
-    parser = subparsers.add_parser("summary", help="what a run reached, in a few lines")
+    parser = subparsers.add_parser("summary", help="a run's results in a few lines")
     parser.add_argument("run_dir", type=Path)
     return parser
 
@@ -19,11 +19,11 @@ def run(args) -> int:
 
     config = args.run_dir / "config.json"
     if not config.is_file():
-        raise UserError(f"{args.run_dir}: no config.json there; give the run directory of a run that has started")
+        raise UserError(f"{args.run_dir}: has no config.json; give the run directory of a run that has started")
     settings = load(config, check_files=True).sltrain
     evaluations = [line for line in _metrics(args.run_dir) if "eval_perplexity" in line]
     if not evaluations:
-        raise UserError(f"{args.run_dir / 'metrics.jsonl'}: no evaluation in it yet; let the run reach its first one")
+        raise UserError(f"{args.run_dir / 'metrics.jsonl'}: no evaluation in it yet; wait for the run's first one")
     baselines = _baselines(args.run_dir, settings)
     shape = Shape.of(model_fields(settings.model))
     trained, dense = count(shape, settings.method).parameters, count(shape).parameters
@@ -51,14 +51,14 @@ def _metrics(run_dir: Path) -> list[dict]:
             try:
                 lines.append(json.loads(line))
             except ValueError:
-                continue  # the half line of a killed run
+                continue  # incomplete line of a killed run
     except OSError as error:
         raise UserError(f"{run_dir / 'metrics.jsonl'}: {error.strerror}; give a run directory") from None
     return lines
 
 
 def _baselines(run_dir: Path, settings) -> dict:
-    """`perplexities` of the run's data, kept in baselines.json beside what they are of."""
+    """`perplexities` of the run's data, cached in baselines.json together with the settings they are for."""
     path, data = run_dir / "baselines.json", settings.data
     of = {**data.model_dump(), "eval_tokens": settings.eval.tokens}
     kept = _kept(path)
@@ -74,7 +74,7 @@ def _baselines(run_dir: Path, settings) -> dict:
 
 
 def _kept(path: Path) -> dict:
-    """What the file holds; {} where there is none, or a damaged one, which is made anew."""
+    """Content of the file; {} if it is missing or damaged, in which case it is written again."""
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

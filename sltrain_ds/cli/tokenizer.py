@@ -1,4 +1,4 @@
-"""`sltrain-ds tokenizer train`: a sentencepiece BPE tokenizer from text."""
+"""`sltrain-ds tokenizer train`: trains a sentencepiece BPE tokenizer on text."""
 
 import argparse
 
@@ -6,7 +6,7 @@ import argparse
 def add_parser(subparsers) -> None:
     parser = subparsers.add_parser("tokenizer", help="train a tokenizer")
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    train = actions.add_parser("train", help="BPE with byte fallback, saved as transformers reads it")
+    train = actions.add_parser("train", help="BPE with byte fallback, saved in transformers' format")
     train.add_argument("--input", nargs="+", required=True, metavar="FILE", help=".txt, .jsonl (also .xz), .parquet")
     train.add_argument("--vocab-size", type=int, required=True, metavar="N")
     train.add_argument("--out", required=True, metavar="DIR")

@@ -1,8 +1,8 @@
-"""Checks of a new cluster node before a long run: `python -m sltrain_ds.cli.verify --ranks N`, pass or fail a line.
+"""Checks of a new cluster node before a long run: `python -m sltrain_ds.cli.verify --ranks N`, one result per line.
 
-Small runs through the launcher on this node's GPUs (or CPU ranks), on the shipped corpus, and what they must agree in:
-per-layer update and plain ZeRO, overlap on and off, supports on every rank and in every run, a resumed run and one that
-never stopped, the estimate and the rehearsal with what was measured. Exit code 0 when all pass, 1 when one fails.
+Runs small trainings through the launcher on this node's GPUs (or CPU ranks) with the shipped corpus and compares:
+per-layer update and plain ZeRO, overlap on and off, supports on every rank and in every run, a resumed and an
+uninterrupted run, estimate and rehearsal with the measurement. Exit code 0 if all checks pass, 1 if one fails.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from pathlib import Path
 
 STEPS = 6
 CORPUS = Path(__file__).parent.parent / "data" / "austen.txt.xz"
-SAME = 1e-5  # relative, in fp32: sums may be made in another order
+SAME = 1e-5  # relative, in fp32: the order of summation may differ
 
 BASE = {
     "train_micro_batch_size_per_gpu": 2,
@@ -45,8 +45,8 @@ PER_LAYER = {"sltrain.per_layer_update": True}
 EIGHT_BIT = PER_LAYER | {
     "bf16.enabled": True, "zero_optimization.stage": 3, "sltrain.precision": {"states": "8bit"},
     "sltrain.loss": "chunked", "sltrain.model.activation_checkpointing": "non_reentrant",
-    "sltrain.deterministic": False,  # on a GPU deterministic attention takes scratch that nobody estimates
-    # small beside the model, as they are in a real run
+    "sltrain.deterministic": False,  # on a GPU deterministic attention needs scratch that is not estimated
+    # small relative to the model, as in a real run
     "zero_optimization.stage3_param_persistence_threshold": 1000,
     "zero_optimization.stage3_max_live_parameters": 200_000, "zero_optimization.stage3_max_reuse_distance": 200_000,
     "zero_optimization.stage3_prefetch_bucket_size": 100_000,
@@ -54,11 +54,11 @@ EIGHT_BIT = PER_LAYER | {
 
 
 class Failed(Exception):
-    """A check that did not pass; its text says what was found."""
+    """A failed check; its text says what was found."""
 
 
 class Node:
-    """Runs of this node: each a directory under `folder`, started once."""
+    """Runs on this node, each in a directory under `folder` and started once."""
 
     def __init__(self, folder: Path, ranks: int):
         self.folder, self.ranks = folder, ranks
@@ -85,12 +85,12 @@ class Node:
         return path
 
     def train(self, name: str, keys: dict, *flags) -> list[dict]:
-        """The lines of the run's metrics.jsonl."""
+        """Train and return the lines of metrics.jsonl."""
         path = self.config(name, keys)
-        launcher = []  # one rank needs none
+        launcher = []  # not needed for one rank
         if self.ranks > 1:
             launcher = ["deepspeed.launcher.runner", "--num_gpus", self.ranks, "--log_level", "error", "--module"]
-        # as modules: a script may not be beside python
+        # as modules: console scripts may not be next to python
         self._run([sys.executable, "-m", *launcher, "sltrain_ds.train", path, *flags])
         return [json.loads(line) for line in (self.folder / name / "metrics.jsonl").read_text().splitlines()]
 
@@ -109,7 +109,7 @@ class Node:
         if done.returncode:
             lines = (done.stderr or done.stdout).strip().splitlines()
             told = next((line for line in lines if "error:" in line), lines[-1] if lines else "no output")
-            raise Failed(f"{Path(str(command[0])).name} ended with {done.returncode}: {told}")
+            raise Failed(f"{Path(str(command[0])).name} exited with code {done.returncode}: {told}")
         return done.stdout
 
 
@@ -130,7 +130,7 @@ def main(argv=None) -> int:
         for name, check in CHECKS.items():
             try:
                 word, told = "pass", check(node)
-            except Exception as error:  # whatever it is, the checks behind it have their say
+            except Exception as error:  # any error: the remaining checks still run
                 word, told, failures = "FAIL", f"{type(error).__name__}: {error}".removeprefix("Failed: "), failures + 1
             print(f"{word}  {name:<44} {told}", flush=True)
     print(f"{failures} of {len(CHECKS)} failed, {args.ranks} ranks, {time.monotonic() - began:.0f} s", flush=True)
@@ -138,7 +138,7 @@ def main(argv=None) -> int:
 
 
 def per_layer_equals_plain(node: Node) -> str:
-    return _same(node.train("plain", {}), node.train("per_layer", PER_LAYER), exact=False)  # not the same code
+    return _same(node.train("plain", {}), node.train("per_layer", PER_LAYER), exact=False)  # different code
 
 
 def overlap_equals_none(node: Node) -> str:
@@ -147,16 +147,16 @@ def overlap_equals_none(node: Node) -> str:
 
 
 def supports_agree(node: Node) -> str:
-    """Ranks compare theirs at every start; here runs, and the numpy reference for one layer."""
+    """Compare the supports of two runs, and one layer's with the numpy reference; ranks compare at every start."""
     from sltrain_ds.ops import support
 
     first, second = (node.checkpoint(name, STEPS)["supports"] for name in ("plain", "overlap"))
     if first != second:
-        raise Failed("two runs of one config drew different supports")
+        raise Failed("two runs of the same config drew different supports")
     name, held = next(iter(first.items()))
     rows, columns = support.sample(*_shape(name), held["nnz"], held["seed"], name, native=False)
     if support.checksum(rows, columns) != held["checksum"]:
-        raise Failed(f"{name}: drawn here it has another checksum")
+        raise Failed(f"{name}: the numpy reference draws a different checksum")
     return f"{len(first)} layers"
 
 
@@ -178,7 +178,7 @@ def estimate_holds(node: Node) -> str:
     device = kind_of("cuda" if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu" else "cpu")
     settings = load(node.folder / "eight_bit.json", [], node.ranks, check_files=False)
     expected = estimate(settings, device=device).peak
-    return _near(expected, measured, 0.05)  # 3% in larger models: here activations are half of it
+    return _near(expected, measured, 0.05)  # 3% in larger models: here half the memory is activations
 
 
 def rehearsal_holds(node: Node) -> str:
@@ -189,14 +189,14 @@ CHECKS = {
     "per-layer update equals plain ZeRO-2": per_layer_equals_plain,
     "overlap on equals off": overlap_equals_none,
     "supports: every rank, every run": supports_agree,
-    "resume equals a run that never stopped": resume_is_exact,
-    "estimate against measured, 8-bit ZeRO-3": estimate_holds,
-    "rehearsal against real, 8-bit ZeRO-3": rehearsal_holds,
+    "resumed run equals an uninterrupted one": resume_is_exact,
+    "estimate vs. measurement, 8-bit ZeRO-3": estimate_holds,
+    "rehearsal vs. real run, 8-bit ZeRO-3": rehearsal_holds,
 }
 
 
 def versions() -> str:
-    """Packages, accelerator and ops, on one line."""
+    """Packages and accelerator on one line."""
     from sltrain_ds.cli import doctor
 
     found = doctor.examine()
@@ -221,7 +221,7 @@ def _tensors(lines: list[dict]) -> int:
 
 
 def _same(first: list[dict], second: list[dict], exact: bool) -> str:
-    """The losses of every step and of the last evaluation; `exact`: to the bit, on the CPU."""
+    """Compare the losses of every step and of the last evaluation; `exact`: bit for bit on the CPU."""
     a, b = (_losses(lines) for lines in (first, second))
     if not len(a) == len(b) == STEPS + 1:
         raise Failed(f"{len(a)} and {len(b)} losses")

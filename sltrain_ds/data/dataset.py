@@ -1,4 +1,4 @@
-"""Prepared data as training and validation batches; their order is a pure function of (seed, step)."""
+"""Training and validation batches of prepared data; their order is a pure function of (seed, step)."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -10,13 +10,13 @@ from sltrain_ds.data.index import DTYPES, NAME, check_sizes, read_index
 from sltrain_ds.data.order import BLOCK, assign, epoch_order, shares
 from sltrain_ds.errors import UserError
 
-IGNORED = -100  # the label that the loss leaves out, as in transformers
+IGNORED = -100  # label that the loss ignores, as in transformers
 
 
 class TokenData:
     """One split of a prepared directory as non-overlapping sequences of `sequence_length` tokens.
 
-    `data[i]` is int64 (sequence_length,); labels are the same tokens, the shift is the model's. The tail that fills no
+    `data[i]` is int64 (sequence_length,). Labels are the same tokens; the model shifts them. A last, incomplete
     sequence is dropped and counted in `dropped_tokens`.
     """
 
@@ -40,7 +40,7 @@ class TokenData:
         return self.num_sequences
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
-        """Tokens [start, stop) of the whole split, over shard borders, as int64."""
+        """Tokens [start, stop) of the whole split as int64; the range may span shards."""
         parts = []
         for shard, end in zip(self._shards, self._ends.tolist(), strict=True):
             begin = end - len(shard)
@@ -55,9 +55,9 @@ class TokenData:
 
 
 class Mixture:
-    """Several splits of one vocabulary and sequence length, drawn from by weight (a share of the sequences).
+    """Weighted mixture of splits with one vocabulary and sequence length; weights are shares of the sequences.
 
-    In every `BLOCK` samples each source gives exactly its share, in a keyed order; every source has epochs of its own.
+    Every `BLOCK` samples contain exactly each source's share, in a keyed order. Each source has its own epochs.
     """
 
     def __init__(self, sources: list[TokenData], weights: list[float]):
@@ -87,7 +87,7 @@ class Mixture:
         return sum(data.dropped_tokens for data in self.sources)
 
     def order(self, samples: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        """(source, sequence in that source) of the run's samples k >= 0."""
+        """(source, sequence within that source) of the run's samples k >= 0."""
         source, number = assign(samples, seed, self.weights)
         sequence = np.empty_like(number)
         for s, data in enumerate(self.sources):
@@ -100,9 +100,9 @@ class Mixture:
         return np.stack([self.sources[s][i] for s, i in zip(source.tolist(), sequence.tolist(), strict=True)])
 
     def evaluation(self, tokens: int) -> tuple[np.ndarray, np.ndarray]:
-        """(source, sequence) of the validation set: `tokens` split by weight, spread evenly over each source.
+        """(source, sequence) of the validation set: `tokens` split by weight, spaced evenly over each source.
 
-        As many full sequences as the budget holds, at least one of each source, at most all.
+        Takes as many full sequences as the budget allows: at least one per source, at most all.
         """
         total = sum(self.weights)
         source, sequence = [], []
@@ -129,16 +129,16 @@ def as_mixture(data: TokenData | Mixture) -> Mixture:
 
 
 def batches(data: TokenData | Mixture, seed: int, step: int, global_batch: int):
-    """(source, sequence) of every sample of global batch `step` (from 0): two int64 arrays (global_batch,)."""
+    """(source, sequence) of every sample of global batch `step` (from 0), as two int64 arrays (global_batch,)."""
     samples = np.arange(step * global_batch, (step + 1) * global_batch, dtype=np.int64)
     return as_mixture(data).order(samples, seed)
 
 
 class BatchSource:
-    """Micro-batches of a run. Its only state is the step it is asked for, so a resumed run needs nothing but that.
+    """Micro-batches of a run, computed from the step alone: a resumed run needs no other state.
 
-    The global batch of a step is the same sequences in the same order at any world size and micro-batch size: sample
-    (micro * world + rank) * micro_batch + row of it.
+    A step's global batch has the same sequences in the same order at any world size and micro-batch size; `row` of a
+    micro-batch is its sample (micro * world + rank) * micro_batch + row.
     """
 
     def __init__(self, run, split: str = "train"):
@@ -150,7 +150,7 @@ class BatchSource:
     def from_parts(
         cls, data: TokenData | Mixture, seed: int, global_batch: int, micro_batch: int, mask_documents: bool = False
     ) -> "BatchSource":
-        """The same without a RunConfig; sizes in sequences."""
+        """Build a `BatchSource` without a RunConfig; sizes in sequences."""
         source = cls.__new__(cls)
         source._set(as_mixture(data), seed, global_batch, micro_batch, mask_documents)
         return source
@@ -160,7 +160,7 @@ class BatchSource:
         self.global_batch, self.micro_batch_size = global_batch, micro_batch
 
     def accumulation(self, world: int) -> int:
-        """Micro-batches a step on each of `world` ranks."""
+        """Micro-batches per step on each of `world` ranks."""
         steps, rest = divmod(self.global_batch, self.micro_batch_size * world)
         if rest or not steps:
             raise UserError(
@@ -170,7 +170,7 @@ class BatchSource:
         return steps
 
     def micro_batch(self, step: int, micro: int, rank: int, world: int) -> dict[str, torch.Tensor]:
-        """CPU LongTensors for one forward: input_ids (micro_batch, sequence_length); with mask_documents also
+        """CPU LongTensors for one forward: input_ids (micro_batch, sequence_length), and with mask_documents also
         position_ids and labels of that shape."""
         if not (0 <= micro < self.accumulation(world) and 0 <= rank < world):
             raise IndexError(f"micro {micro}, rank {rank} of {world}")
@@ -181,11 +181,11 @@ class BatchSource:
 
 
 def to_batch(rows: np.ndarray, eos_id: int | None = None) -> dict[str, torch.Tensor]:
-    """A batch from token rows (n, sequence_length). With `eos_id`, documents that share a row do not see each other:
+    """A batch from token rows (n, sequence_length). With `eos_id`, documents in one row do not attend to each other:
 
-    position_ids start at 0 again behind each EOS; from them transformers (masking_utils.py of 5.23,
-    `find_packed_sequence_indices`) builds a block-diagonal causal mask for SDPA, at any batch size, but only where the
-    model is called with use_cache=False. And the first token of a document is not predicted (label -100).
+    position_ids restart at 0 after each EOS; from them transformers (masking_utils.py of 5.23,
+    `find_packed_sequence_indices`) builds a block-diagonal causal mask for SDPA, at any batch size, but only if the
+    model is called with use_cache=False. The first token of a document is not predicted (label -100).
     """
     input_ids = torch.from_numpy(np.ascontiguousarray(rows, dtype=np.int64))
     if eos_id is None:
@@ -199,7 +199,7 @@ def to_batch(rows: np.ndarray, eos_id: int | None = None) -> dict[str, torch.Ten
 
 
 def predicted_tokens(batch: Mapping[str, torch.Tensor]) -> int:
-    """How many tokens of a batch the shifted loss is a mean over."""
+    """Number of tokens of a batch over which the shifted loss is averaged."""
     if "labels" in batch:
         return int((batch["labels"][:, 1:] != IGNORED).sum())
     rows, length = batch["input_ids"].shape
@@ -214,11 +214,11 @@ def evaluation_batches(
     world: int = 1,
     mask_documents: bool = False,
 ) -> Iterator[tuple[dict[str, torch.Tensor], int]]:
-    """(batch, weight) of this rank over the validation set of `tokens` tokens, the same at any world and batch size.
+    """(batch, weight) of this rank over a validation set of `tokens` tokens, the same set at any world and batch size.
 
-    weight is the number of tokens the batch's mean loss stands for: the whole loss is sum(loss * weight) / sum(weight)
-    over all ranks. Every rank gets the same number of batches, so that collectives inside the model meet; where the
-    sequences have run out, it is a batch of one row and weight 0. The last batch may have fewer rows.
+    weight is the number of tokens averaged in the batch's mean loss: the total loss is sum(loss * weight) / sum(weight)
+    over all ranks. Every rank gets the same number of batches, so that collectives inside the model match; a rank
+    without sequences left gets a batch of one row and weight 0. The last batch may have fewer rows.
     """
     data = as_mixture(data)
     source, sequence = data.evaluation(tokens)

@@ -1,4 +1,4 @@
-"""index.json of a prepared data directory: the one file that says the directory is finished, and what lies in it."""
+"""index.json of a prepared data directory: marks the directory as finished and describes its contents."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ SPLITS = ("train", "validation")
 
 
 def write_json(path: Path, value: dict) -> None:
-    """Write `value` so that `path` holds either all of it or what it held before."""
+    """Write `value` to `path` atomically."""
     scratch = path.with_name(f".{path.name}.tmp")
     with scratch.open("w", encoding="utf-8") as file:
         json.dump(value, file, indent=1)
@@ -31,12 +31,12 @@ def file_sha256(path: Path) -> str:
 
 
 def read_index(directory: str | Path) -> dict:
-    """The checked index of a prepared directory. UserError where it is missing, unfinished or damaged."""
+    """Read and check the index of a prepared directory. UserError if it is missing, unfinished or damaged."""
     directory = Path(directory)
     path = directory / NAME
     if not path.is_file():
         if (directory / STATE_NAME).is_file():
-            raise UserError(f"data {directory}: not finished; run the same `sltrain-ds data prepare` again to go on")
+            raise UserError(f"data {directory}: not finished; run the same `sltrain-ds data prepare` again to continue")
         what = "holds no index.json" if directory.is_dir() else "no such directory"
         raise UserError(f"data {directory}: {what}; make it with `sltrain-ds data prepare`")
     try:
@@ -76,7 +76,7 @@ def _fault(index) -> str | None:
 
 
 def check_sizes(directory: Path, index: dict, splits=SPLITS) -> None:
-    """UserError naming the first shard that is missing or not of its recorded length."""
+    """Raise UserError for the first shard that is missing or differs from its recorded size."""
     width = DTYPES[index["dtype"]].itemsize
     for name in splits:
         for shard in index["splits"].get(name, {"shards": []})["shards"]:
@@ -91,7 +91,7 @@ def check_sizes(directory: Path, index: dict, splits=SPLITS) -> None:
 
 
 def verify(directory: str | Path) -> dict:
-    """Read every shard: sizes, sha256, ids inside the vocabulary, EOS at the end. Returns the index, else UserError."""
+    """Check every shard's size, sha256, token ids and final EOS. Returns the index or raises UserError."""
     directory = Path(directory)
     index = read_index(directory)
     check_sizes(directory, index)

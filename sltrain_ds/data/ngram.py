@@ -1,13 +1,13 @@
-"""Perplexity of counting models on the validation sequences: what a language model must at least pass.
+"""Perplexity of n-gram models on the validation sequences: baselines that a language model must beat.
 
     unigram        p(w)     = (c(w) + 1) / (N + V)
     bigram         p(w | v) = l c(v w) / c(v) + (1 - l) p(w)               Jelinek-Mercer, interpolated, one l
     witten_bell    p(w | v) = (c(v w) + k T(v) p(w)) / (c(v) + k T(v))     T(v): distinct followers of v
 
-c counts in the train split (N tokens, vocabulary V); where c(v) = 0 both bigrams are p(w). l and k are fitted on the
-last 5% of the train split with counts from the rest, never on validation; the final counts are of all of it. Predicted
-are the same tokens as in the model's evaluation: all but the first of each sequence, from the token before; with
-mask_documents neither the first of each document.
+c counts in the train split (N tokens, vocabulary V); if c(v) = 0, both bigrams equal p(w). l and k are fitted on the
+last 5% of the train split with counts from the rest, never on validation; the final counts use all of it. The
+predicted tokens are those of the model's evaluation: all but the first of each sequence, and with mask_documents
+also without the first of each document.
 """
 
 import numpy as np
@@ -26,8 +26,8 @@ def perplexities(
 ) -> dict[str, float]:
     """{"unigram", "bigram", "witten_bell": perplexity, "weight": l, "strength": k, "predicted_tokens"}.
 
-    `tokens` is the evaluation budget (eval.tokens). Of a longer train split only the first `MAX_TRAIN_TOKENS` are
-    counted, by weight from the sources of a mixture ("train_tokens" says how many).
+    `tokens` is the evaluation budget (eval.tokens). At most the first `MAX_TRAIN_TOKENS` of the train split are
+    counted, divided by weight over the sources of a mixture; "train_tokens" is the number counted.
     """
     train, validation = as_mixture(train), as_mixture(validation)
     if train.vocab_size != validation.vocab_size:
@@ -38,7 +38,7 @@ def perplexities(
     held = [stream[cut:] for stream, cut in zip(streams, cuts, strict=True)]
     pairs = np.concatenate([part[:-1] for part in held]), np.concatenate([part[1:] for part in held])
     if not len(pairs[0]):
-        raise UserError(f"train split of {sum(map(len, streams))} tokens: too few to fit a bigram on")
+        raise UserError(f"train split of {sum(map(len, streams))} tokens: too few to fit a bigram")
     held_out = fitted.look_up(*pairs)
     weight = float(min(WEIGHTS, key=lambda value: _loss(_jelinek_mercer(held_out, value))))
     strength = float(min(STRENGTHS, key=lambda value: _loss(_witten_bell(held_out, value))))
@@ -78,7 +78,7 @@ class _Counts:
         self.followers = np.bincount(self.codes // vocab, minlength=vocab)
 
     def look_up(self, before: np.ndarray, token: np.ndarray) -> dict[str, np.ndarray]:
-        """What the formulas need, one value for each predicted token."""
+        """Inputs of the formulas, one value per predicted token."""
         codes = before * self.vocab + token
         place = np.minimum(np.searchsorted(self.codes, codes), len(self.codes) - 1)
         return {
@@ -100,5 +100,5 @@ def _witten_bell(found: dict[str, np.ndarray], strength: float) -> np.ndarray:
 
 
 def _loss(probability: np.ndarray) -> float:
-    """Mean negative log likelihood, in nats a token."""
+    """Mean negative log likelihood, in nats per token."""
     return float(-np.log(probability).mean())

@@ -1,7 +1,7 @@
-"""The order of training samples as a pure function of (seed, sample number): no state, no stored permutation.
+"""Order of training samples as a pure function of (seed, sample number): no state, no stored permutation.
 
-Sample k of a run comes from one of the sources by their weights (`assign`), is that source's m-th sample, and so stands
-at place m % n of its epoch m // n. An epoch's order is a keyed bijection of [0, n), computed place by place.
+`assign` maps sample k of a run to a source, by weight, and to its number m among that source's samples. That is
+position m % n of the source's epoch m // n. An epoch's order is a keyed bijection of [0, n), computed elementwise.
 """
 
 import hashlib
@@ -10,16 +10,16 @@ from functools import lru_cache
 import numpy as np
 
 ROUNDS = 8
-BLOCK = 1 << 16  # samples in which the sources' shares come out exactly
+BLOCK = 1 << 16  # samples over which each source gets exactly its share
 
 
 def key(*parts) -> int:
-    """A 64-bit key from anything printable."""
+    """64-bit hash of the parts' repr."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little")
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """The finaliser of splitmix64 (Steele, Lea, Flood 2014): uint64 to uint64, wrapping."""
+    """Finaliser of splitmix64 (Steele, Lea, Flood 2014): uint64 to uint64, wrapping."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
@@ -28,8 +28,8 @@ def _mix(x: np.ndarray) -> np.ndarray:
 def permute(places: np.ndarray, n: int, key: int) -> np.ndarray:
     """Image of `places` (integers in [0, n)) under the bijection of [0, n) that `key` selects; int64, same shape.
 
-    A Feistel network over the smallest square power of four that holds n; what falls outside [0, n) is sent through
-    again until it falls inside (cycle walking, Black and Rogaway 2002), below four times on average.
+    A Feistel network over the smallest power of four >= n; values outside [0, n) are permuted again until they fall
+    inside (cycle walking, Black and Rogaway 2002), fewer than four passes on average.
     """
     half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
     low = (np.uint64(1) << half) - np.uint64(1)
@@ -48,7 +48,7 @@ def permute(places: np.ndarray, n: int, key: int) -> np.ndarray:
 
 
 def epoch_order(samples: np.ndarray, n: int, seed: int, source: int = 0) -> np.ndarray:
-    """Sequence numbers in [0, n) of a source's samples m >= 0: each once in every run of n."""
+    """Sequence numbers in [0, n) of a source's samples m >= 0: each exactly once per epoch of n samples."""
     samples = np.asarray(samples, np.int64)
     out = np.empty_like(samples)
     for epoch in np.unique(samples // n):
@@ -58,7 +58,7 @@ def epoch_order(samples: np.ndarray, n: int, seed: int, source: int = 0) -> np.n
 
 
 def shares(weights: tuple[float, ...]) -> np.ndarray:
-    """How many of `BLOCK` samples each source gives: proportional, rounded to the largest remainders."""
+    """Samples per source in a block of `BLOCK`: proportional to weight, rounded by largest remainder."""
     exact = np.asarray(weights, float) / sum(weights) * BLOCK
     out = np.floor(exact).astype(np.int64)
     out[np.argsort(out - exact, kind="stable")[: BLOCK - out.sum()]] += 1
@@ -67,7 +67,7 @@ def shares(weights: tuple[float, ...]) -> np.ndarray:
 
 @lru_cache(4)
 def _block(block: int, seed: int, weights: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Source of every sample of a block, and its number among that source's samples since the start."""
+    """Source of every sample of a block, and its number among that source's samples since the run's start."""
     counts = shares(weights)
     places = permute(np.arange(BLOCK), BLOCK, key("mixture", seed, block))
     source = np.searchsorted(np.cumsum(counts), places, side="right")

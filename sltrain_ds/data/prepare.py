@@ -1,7 +1,7 @@
-"""Text in, memory-mapped token shards and an index out; a stopped run goes on where it stood.
+"""Convert text into memory-mapped token shards and an index; an interrupted run can be resumed.
 
-While a run is under way `preparing.json` holds its arguments, the reader's state and the length of every file; whatever
-was written behind that is cut off when the run goes on. `index.json` is written last.
+During a run `preparing.json` holds its arguments, the reader's state and the length of every file; a resumed run
+truncates the files to those lengths. `index.json` is written last.
 """
 
 import contextlib
@@ -21,14 +21,14 @@ from sltrain_ds.data.index import DTYPES, NAME, SPLITS, STATE_NAME, file_sha256,
 from sltrain_ds.data.sources import DOCUMENTS, Hub, Source, file_source
 from sltrain_ds.errors import UserError
 
-BATCH_CHARACTERS = 1 << 20  # a tokenizer call
-COMMIT_SECONDS = 20.0  # what a kill can cost
+BATCH_CHARACTERS = 1 << 20  # per tokenizer call
+COMMIT_SECONDS = 20.0  # work lost if the run is killed, at most
 OURS = re.compile(r"(?:train|validation)-\d{5}\.bin|\.?(?:index|preparing)\.json(?:\.tmp)?")
 
 
 @dataclass(frozen=True)
 class Preparation:
-    """What `sltrain-ds data prepare` was asked for."""
+    """Arguments of `sltrain-ds data prepare`."""
 
     tokenizer: str | Path
     out: str | Path
@@ -69,10 +69,10 @@ class Preparation:
 
 
 def prepare(job: Preparation) -> dict:
-    """Prepare a data directory and return its index; the same job on a finished directory only reads it.
+    """Prepare a data directory and return its index; for a directory already finished by the same job, only read it.
 
-    Documents keep the order of the input; a document goes to validation by a keyed hash of its text, so equal documents
-    never stand on both sides. The result does not depend on where an earlier run stopped.
+    Documents keep the input's order. A keyed hash of its text assigns a document to train or validation, so equal
+    documents share a split. The result does not depend on where an earlier run stopped.
     """
     job.check()
     sources = job.sources()
@@ -119,7 +119,7 @@ def _run(writer: "_Writer", sources: list[Source], state: dict | None) -> None:
     from tqdm import tqdm
 
     first, reader = (state["source"], state["reader"]) if state else (0, None)
-    # disable=None: no bar where nobody watches (a log file)
+    # disable=None: no bar if stderr is not a terminal
     hidden = None if writer.job.progress else True
     with tqdm(desc="prepare", unit=" documents", initial=writer.documents, disable=hidden) as bar:
         for number in range(first, len(sources)):
@@ -149,13 +149,13 @@ def _run(writer: "_Writer", sources: list[Source], state: dict | None) -> None:
 
 
 def _open_out(out: Path, header: dict, overwrite: bool) -> dict | str | None:
-    """None for a fresh start, the state of a stopped run of the same job, or "finished"."""
+    """None for a new run, the saved state of an interrupted run of the same job, or "finished"."""
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: is a file; name a directory")
     there = sorted(entry.name for entry in out.iterdir()) if out.is_dir() else []
     strangers = [name for name in there if not OURS.fullmatch(name)]
     if strangers:
-        raise UserError(f"--out {out}: holds {strangers[0]}, which is no prepared data; name a new directory")
+        raise UserError(f"--out {out}: holds {strangers[0]}, which is not prepared data; name a new directory")
     if overwrite:
         _clear(out)
     elif NAME in there:
@@ -193,7 +193,7 @@ def _short(value) -> str:
 
 
 def _clear(out: Path) -> None:
-    """Remove what a preparation wrote, the index first, so that nothing half-gone looks finished."""
+    """Remove what a preparation wrote, the index first, so that a partly removed directory never looks finished."""
     if not out.is_dir():
         return
     for name in sorted(entry.name for entry in out.iterdir()):
@@ -205,7 +205,7 @@ def _clear(out: Path) -> None:
 
 
 def _remove(out: Path) -> None:
-    """Leave no trace that bars the corrected command; whoever made the empty directory makes it again."""
+    """Remove everything, so that the corrected command can run; also a directory that was there empty."""
     _clear(out)
     with contextlib.suppress(OSError):  # not empty, or a mount
         out.rmdir()
@@ -223,7 +223,7 @@ class _Split:
 
 
 class _Writer:
-    """Appends documents to the shards of both splits; `commit` makes all so far survive a kill."""
+    """Appends documents to the shards of both splits; `commit` makes everything so far durable."""
 
     def __init__(self, out: Path, header: dict, tokenizer, job: Preparation, state: dict | None):
         self.out, self.header, self.tokenizer, self.job = out, header, tokenizer, job

@@ -1,10 +1,10 @@
-"""Batches of random tokens, where what is measured does not depend on which they are."""
+"""Batches of random tokens, for measurements that do not depend on the token values."""
 
 import torch
 
 
 class RandomTokens:
-    """Stands in for prepared data."""
+    """Replaces `BatchSource` where there is no prepared data."""
 
     def __init__(self, run):
         self.shape = (run.micro_batch_size, run.sequence_length)

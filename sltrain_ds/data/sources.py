@@ -1,7 +1,7 @@
-"""Documents out of text, JSONL and parquet files and out of hub data sets, streamed by `datasets`.
+"""Documents from text, JSONL and parquet files and from hub data sets, streamed by `datasets`.
 
-A source gives its rows one by one; a row holds the documents cut out of it. Its state is a small JSON object, so that a
-stopped preparation goes on behind the last row it kept.
+A source yields rows; each row is a list of documents. Its state is a small JSON object, so that an interrupted
+preparation continues after the last row it kept.
 """
 
 import hashlib
@@ -15,9 +15,9 @@ from sltrain_ds.errors import UserError
 
 KINDS = {".txt": "text", ".text": "text", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 COMPRESSIONS = (".xz", ".gz", ".bz2", ".zst")
-# how a text file is cut: what `datasets` reads as one row, and what separates the documents inside a row
+# how a text file is split: `sample_by` of `datasets` (what one row is), and the document separator within a row
 DOCUMENTS = {
-    "chapters": ("document", re.compile(r"\n(?:[ \t]*\n){3,}")),  # three blank lines or more, as books set chapters off
+    "chapters": ("document", re.compile(r"\n(?:[ \t]*\n){3,}")),  # three or more blank lines, as between chapters
     "paragraphs": ("paragraph", None),
     "lines": ("line", None),
     "file": ("document", None),
@@ -26,19 +26,19 @@ FINGERPRINT_BYTES = 1 << 20
 
 
 def reason(error: BaseException) -> str:
-    """The first line of an exception's message, for the one line a user sees."""
+    """First line of an exception's message, for a one-line error."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
 
 class Source(ABC):
-    """Rows of one `datasets` stream; the subclasses say how it is opened and what a row holds."""
+    """Rows of one `datasets` stream; subclasses define how to open it and how to read a row."""
 
     name: str
 
     @abstractmethod
     def identity(self) -> dict:
-        """JSON that tells whether two preparations read the same input."""
+        """JSON identity of the input, compared when a preparation is resumed."""
 
     @abstractmethod
     def open(self):
@@ -49,11 +49,11 @@ class Source(ABC):
         """The documents of row `number` (counted from 1)."""
 
     def explain(self, error: Exception, number: int) -> str:
-        """What an exception raised while reading row `number` means to the user."""
+        """Error message for an exception raised while reading row `number`."""
         return f"{self.name}: cannot be read: {reason(error)}"
 
     def rows(self, state: dict | None = None) -> Iterator[list[str]]:
-        """Documents row by row; a `state` from `state()` continues behind the last row given."""
+        """Documents row by row; with a `state` from `state()`, continues after the last row yielded."""
         self._rows = state["rows"] if state else 0
         try:
             self._dataset = self.open()
@@ -64,7 +64,7 @@ class Source(ABC):
                 yield [text for text in self.documents(row, self._rows) if not text.isspace() and text]
         except (UserError, KeyboardInterrupt, GeneratorExit):
             raise
-        except Exception as error:  # whatever a reader, a codec or the network raises is about this input
+        except Exception as error:  # any error of a reader, a codec or the network concerns this input
             raise UserError(self.explain(error, self._rows + 1)) from error
 
     def state(self) -> dict:
@@ -74,7 +74,7 @@ class Source(ABC):
 def _load(*arguments, **options):
     import datasets
 
-    # its own log lines would stand between the user and our one line
+    # its own log lines would obscure our one-line error
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     datasets.disable_progress_bars()
     return datasets.load_dataset(*arguments, streaming=True, **options)
@@ -95,7 +95,7 @@ class _File(Source):
         self.path, self.name = path, str(path)
 
     def identity(self) -> dict:
-        # size and both ends, so that a terabyte is not read twice to be recognised
+        # size and both ends only: hashing a terabyte would read it twice
         size = self.path.stat().st_size
         digest = hashlib.sha256()
         with self.path.open("rb") as file:
@@ -114,7 +114,7 @@ class _File(Source):
 
 
 class TextFile(_File):
-    """A text file, cut into documents by one of `DOCUMENTS`."""
+    """A text file, split into documents by one of `DOCUMENTS`."""
 
     def __init__(self, path: Path, documents: str):
         super().__init__(path)
@@ -134,7 +134,7 @@ class TextFile(_File):
 
 
 class JsonLinesFile(_File):
-    """JSONL, a document a line. Read as lines, so that an error names its line and no column type is guessed."""
+    """JSONL, one document per line. Read as text, so that errors name the line and no column type is inferred."""
 
     def __init__(self, path: Path, column: str):
         super().__init__(path)
@@ -151,17 +151,17 @@ class JsonLinesFile(_File):
         except ValueError as error:
             raise UserError(f"{self.name}: line {number} is not JSON: {reason(error)}") from error
         if not isinstance(record, dict):
-            raise UserError(f"{self.name}: line {number} is not an object; JSONL holds one object a line")
+            raise UserError(f"{self.name}: line {number} is not an object; JSONL needs one object per line")
         text = _column(self.name, record, self.column, number)
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise UserError(f"{self.name}: line {number} holds half a surrogate pair, which is no text") from error
+            raise UserError(f"{self.name}: line {number} has an unpaired surrogate, which is not valid text") from error
         return [text]
 
 
 class ParquetFile(_File):
-    """A parquet file, a document a row; only its text column is read."""
+    """A parquet file, one document per row; only its text column is read."""
 
     def __init__(self, path: Path, column: str):
         super().__init__(path)
@@ -180,7 +180,7 @@ class ParquetFile(_File):
 
 
 class Hub(Source):
-    """A hub data set (or a directory of that layout), streamed: nothing is downloaded ahead."""
+    """A hub data set (or a directory of that layout), streamed without downloading it first."""
 
     def __init__(self, name: str, config: str | None, split: str, column: str):
         self.name = f"--hub {name}"
@@ -196,12 +196,12 @@ class Hub(Source):
         return [_column(self.name, row, self.column, number)]
 
     def explain(self, error: Exception, number: int) -> str:
-        line = " ".join(str(error).split())  # its lists of configs and splits come on lines of their own
+        line = " ".join(str(error).split())  # it lists configs and splits on further lines
         return f"{self.name} (config {self.config}, split {self.split}): cannot be read: {line or type(error).__name__}"
 
 
 def file_source(path: str | Path, column: str = "text", documents: str = "chapters") -> Source:
-    """The source for one file, by its name (.txt, .jsonl, .parquet; text and JSONL also .xz, .gz, .bz2, .zst)."""
+    """Source for one file, chosen by suffix (.txt, .jsonl, .parquet; text and JSONL also .xz, .gz, .bz2, .zst)."""
     path = Path(path)
     if path.is_dir():
         raise UserError(f"{path}: is a directory; name the files in it, such as {path}/*.txt")

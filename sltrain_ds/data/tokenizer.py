@@ -1,8 +1,8 @@
 """Train, load, fingerprint and apply tokenizers.
 
-Trained here: a sentencepiece BPE in LLaMA's manner (byte fallback, single digits, no normalisation, <unk> <s> </s> =
-0 1 2, no padding token), without the space LLaMA puts before a text: so decode(encode(text)) == text for every text
-without U+2581, the character that stands for a space inside the pieces.
+Training gives a sentencepiece BPE with LLaMA's settings (byte fallback, single digits, no normalisation, <unk> <s> </s>
+= 0 1 2, no padding token) but without LLaMA's prefix space, so decode(encode(text)) == text for every text without
+U+2581, which encodes a space inside the pieces.
 """
 
 import hashlib
@@ -18,17 +18,17 @@ from sltrain_ds.data.sources import reason
 from sltrain_ds.errors import UserError
 
 UNK_ID, BOS_ID, EOS_ID = 0, 1, 2
-MAX_TRAIN_CHARACTERS = 500_000_000  # sentencepiece holds its sentences in memory
-MAX_SENTENCE_CHARACTERS = 2048  # longer lines are cut, since sentencepiece skips what is above 4,192 bytes
-# says apart what a vocabulary alone does not: prefix spaces, digits, normalisation, newlines, unknown characters
+MAX_TRAIN_CHARACTERS = 500_000_000  # sentencepiece keeps all sentences in memory
+MAX_SENTENCE_CHARACTERS = 2048  # longer lines are split: sentencepiece skips sentences above 4,192 bytes
+# distinguishes tokenizers of equal vocabulary: prefix spaces, digits, normalisation, newlines, unknown characters
 PROBE = "The  fox\tate 1234 ﬁgs.\n\n Été — 日本 \u00a0\x07🙂 </s> Cafe\u0301"
 
 
 def train(texts: Iterable[str], vocab_size: int, out: str | Path) -> int:
     """Train a tokenizer on `texts` and save it in the directory `out`; returns the number of characters read.
 
-    At most `MAX_TRAIN_CHARACTERS` are read. Deterministic: the same texts give the same files. UserError where the size
-    does not fit the texts, or where `out` holds anything but the same tokenizer.
+    At most `MAX_TRAIN_CHARACTERS` are read. Deterministic: the same texts give the same files. UserError if the size
+    does not fit the texts, or if `out` holds anything but the same tokenizer.
     """
     import sentencepiece
     from transformers import LlamaTokenizer
@@ -67,7 +67,7 @@ def train(texts: Iterable[str], vocab_size: int, out: str | Path) -> int:
     try:
         (scratch / "raw").mkdir()
         (scratch / "raw" / "tokenizer.model").write_bytes(model.getvalue())
-        # the class reads vocabulary and merges only this way; vocab_file= silently gives three tokens
+        # only from_pretrained reads vocabulary and merges; vocab_file= silently gives three tokens
         LlamaTokenizer.from_pretrained(scratch / "raw", add_prefix_space=False).save_pretrained(scratch / "out")
         shutil.copy(scratch / "raw" / "tokenizer.model", scratch / "out")
         if out.exists():
@@ -84,11 +84,11 @@ def _check_out(out: Path) -> None:
     known = {"tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json"}
     strangers = sorted({entry.name for entry in out.iterdir()} - known) if out.is_dir() else []
     if strangers:
-        raise UserError(f"--out {out}: holds {strangers[0]}, which is no tokenizer file; name a new directory")
+        raise UserError(f"--out {out}: holds {strangers[0]}, which is not a tokenizer file; name a new directory")
 
 
 class _Counter:
-    """Lines for sentencepiece, cut to what it accepts, counting characters and stopping at the limit."""
+    """Lines for sentencepiece, split to the length it accepts; counts characters and stops at the limit."""
 
     def __init__(self, texts: Iterable[str]):
         self.texts, self.characters = texts, 0
@@ -106,9 +106,9 @@ class _Counter:
 
 
 def load(directory: str | Path):
-    """The tokenizer in `directory`: as saved by transformers, or a bare tokenizer.model (LLaMA) or spiece.model (T5).
+    """Load the tokenizer in `directory`: saved by transformers, or a bare tokenizer.model (LLaMA) or spiece.model (T5).
 
-    UserError where the directory is missing, damaged, or its tokenizer has no end-of-sequence token.
+    UserError if the directory is missing or damaged, or if its tokenizer has no end-of-sequence token.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -128,7 +128,7 @@ def load(directory: str | Path):
         raise UserError(f"tokenizer {directory}: holds tokenizer_config.json, but no vocabulary file")
     try:
         tokenizer = kind.from_pretrained(directory, local_files_only=True)
-    except Exception as error:  # every reader below raises its own kind
+    except Exception as error:  # each reader raises exceptions of its own
         raise UserError(f"tokenizer {directory}: damaged: {reason(error)}") from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"tokenizer {directory}: no eos_token; documents are joined by it (tokenizer_config.json)")
@@ -140,9 +140,9 @@ def load(directory: str | Path):
 def encode(tokenizer, texts: list[str]) -> list[list[int]]:
     """Token ids of each text: no BOS or EOS added, and a literal "</s>" in a text stays text."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:  # the few tokenizers written in Python
+    if backend is None:  # a tokenizer written in Python
         return [tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids for text in texts]
-    # below the Python wrapper, without offsets and masks: 1.7 times as fast
+    # bypasses the Python wrapper, without offsets and masks: 1.7 times as fast
     backend.encode_special_tokens = True
     backend.no_truncation()
     backend.no_padding()
@@ -150,7 +150,7 @@ def encode(tokenizer, texts: list[str]) -> list[list[int]]:
 
 
 def vocab_size(tokenizer) -> int:
-    """One above the largest id that text or EOS can give: T5's 100 sentinels, which no text gives, do not count."""
+    """Largest id that text or EOS can produce, plus one. T5's 100 sentinels do not count: no text produces them."""
     special = set(tokenizer.all_special_ids) - {tokenizer.eos_token_id}
     return 1 + max(id for id in tokenizer.get_vocab().values() if id not in special)
 
@@ -158,7 +158,7 @@ def vocab_size(tokenizer) -> int:
 def sha256(tokenizer) -> str:
     """Hex digest of what determines the encoding: ids, merges or scores, EOS, and the encoding of a probe text.
 
-    Not of the files: those change with the library that writes them.
+    It does not hash the files, which depend on the library that writes them.
     """
     model = {}
     backend = getattr(tokenizer, "backend_tokenizer", None)

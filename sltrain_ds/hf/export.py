@@ -1,4 +1,4 @@
-"""A run's checkpoint -> a plain dense Hugging Face model, one layer at a time."""
+"""Export of a run's checkpoint as a plain dense Hugging Face model, one layer at a time."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -28,7 +28,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export wrote; `tokenizer` is the directory that its files came from, None if there were none to copy."""
+    """Result of an export; `tokenizer` is the directory the tokenizer files were copied from, None without any."""
 
     step: int
     parameters: int
@@ -40,7 +40,7 @@ class Exported:
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of the dense model; `read` makes it, in its final dtype."""
+    """One tensor of the dense model; `read` returns it in its final dtype."""
 
     name: str
     shape: tuple[int, ...]
@@ -48,12 +48,12 @@ class Entry:
 
 
 def export(source: str | Path, out: str | Path, dtype: str = "auto", shard_bytes: int = 10**9) -> Exported:
-    """Write the checkpoint that `source` means to the new directory `out`, as `AutoModelForCausalLM` loads it.
+    """Write the checkpoint `source` to the new directory `out`, in the format of `AutoModelForCausalLM`.
 
-    Every replaced layer is built alone, asked for its `dense_weight()` and dropped; at most one file of `shard_bytes`
-    is held. dtype "auto" is the one that the model computed in, which gives the run's loss; otherwise the merge is done
-    in the wider of the two. Raises `UserError` if the checkpoint is incomplete, damaged or does not fit its config,
-    a support does not come out as it was trained on, or `out` is not empty.
+    Replaced layers are built one at a time, merged by `dense_weight()` and dropped; at most one file of `shard_bytes`
+    is resident. dtype "auto" is the compute dtype of the run and reproduces its loss; for another one, the merge uses
+    the wider of the two. Raises `UserError` if the checkpoint is incomplete, damaged or does not match its config, if
+    a support differs from the trained one, or if `out` is not empty.
     """
     checkpoint = open_checkpoint(source)
     check_whole(files_with_weights(checkpoint.dir))
@@ -83,13 +83,13 @@ def _dtype(name: str, checkpoint: Checkpoint) -> torch.dtype:
 
 
 def _skeleton(block: dict, checkpoint: Checkpoint) -> nn.Module:
-    """The run's model on the meta device, its layers converted."""
+    """The run's converted model on the meta device."""
     try:
         chosen = Model.model_validate(block["model"])
         if chosen.path is None:
             return convert_skeleton(model_config(chosen), block["method"])
         if not Path(chosen.path).is_dir():
-            raise UserError(f"sltrain.model.path: {chosen.path}, which the run began from, is not there; put it back")
+            raise UserError(f"sltrain.model.path: {chosen.path}, which the run started from, is missing; restore it")
         if is_converted(chosen.path):
             return converted_skeleton(chosen.path)
         return convert_skeleton(read_config(chosen.path), block["method"])
@@ -99,19 +99,19 @@ def _skeleton(block: dict, checkpoint: Checkpoint) -> nn.Module:
 
 
 def _check_names(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Every parameter of the model is in the checkpoint, in its shape, and nothing else."""
+    """Check that the checkpoint has exactly the model's parameters, in their shapes."""
     wanted = dict(model.named_parameters())
     for name, parameter in wanted.items():
         if checkpoint.shape(name) != parameter.shape:
             shapes = f"{tuple(checkpoint.shape(name))}, not {tuple(parameter.shape)}"
-            raise UserError(f"{checkpoint.dir}: {name} is {shapes} as its config says; they do not belong together")
+            raise UserError(f"{checkpoint.dir}: {name} is {shapes} as in its config; they do not belong together")
     extra = [name for name in checkpoint.names() if name not in wanted]
     if extra:
-        raise UserError(f"{checkpoint.dir}: holds {extra[0]}, which its config's model has no place for")
+        raise UserError(f"{checkpoint.dir}: holds {extra[0]}, which is not in its config's model")
 
 
 def _entries(model: nn.Module, checkpoint: Checkpoint, target: torch.dtype) -> Iterator[Entry]:
-    """The tensors of the dense model in order, tied ones once."""
+    """Tensors of the dense model in order; tied tensors once."""
     done = set()
     for name, module in model.named_modules():
         prefix = f"{name}." if name else ""
@@ -140,7 +140,7 @@ def _copied(checkpoint: Checkpoint, name: str, target: torch.dtype) -> torch.Ten
 
 
 def _merged(checkpoint: Checkpoint, name: str, layer: MethodLinear, target: torch.dtype) -> torch.Tensor:
-    """W (out, in) of one layer, from the checkpoint's tensors and the support that the checkpoint was trained on."""
+    """W (out, in) of one layer, from the checkpoint's tensors and the support it was trained on."""
     keys = [key for key, _ in layer.named_parameters()]
     keys += [key.removeprefix(f"{name}.") for key in checkpoint.buffer_names() if key.startswith(f"{name}.")]
     state = {key: checkpoint.tensor(f"{name}.{key}") for key in keys}
@@ -160,7 +160,7 @@ def _merged(checkpoint: Checkpoint, name: str, layer: MethodLinear, target: torc
 
 
 def _shards(entries: Iterator[Entry], limit: int) -> Iterator[list[Entry]]:
-    """Consecutive entries of at most `limit` elements, or one larger one."""
+    """Groups of consecutive entries with at most `limit` elements, or a single larger entry."""
     shard, size = [], 0
     for entry in entries:
         numel = torch.Size(entry.shape).numel()
@@ -173,7 +173,7 @@ def _shards(entries: Iterator[Entry], limit: int) -> Iterator[list[Entry]]:
 
 
 def _write_shards(shards: list[list[Entry]], folder: Path) -> int:
-    """model.safetensors, or numbered files and their index, as transformers reads them; returns the tensors' bytes."""
+    """Write model.safetensors, or numbered files and an index, in transformers' layout; returns the tensors' bytes."""
     total, where = 0, {}
     for number, shard in enumerate(shards, 1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"

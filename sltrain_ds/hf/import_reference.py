@@ -1,6 +1,6 @@
-"""Checkpoints of the reference SLTrain code -> converted model directories with stored supports.
+"""Import of checkpoints of the reference SLTrain code as converted model directories with stored supports.
 
-The reference code keeps, per replaced linear layer of a transformers model, `lora_A` (r, in), `lora_B` (out, r),
+The reference code stores, per replaced linear layer of a transformers model, `lora_A` (r, in), `lora_B` (out, r),
 `sparse_value` (nnz,) and `sparse_index` (nnz,) int64, positions in W.flatten(), and computes with
 
     W = (lora_alpha / r) lora_B lora_A + scatter_add(sparse_value at sparse_index)        W: (out, in)
@@ -29,9 +29,9 @@ _NOT_WEIGHTS = ("rotary_emb.inv_freq",)  # buffers that older transformers saved
 def import_sltrain(source: str | Path, out: str | Path, alpha: float | None = None, rank: int | None = None) -> dict:
     """Write the reference checkpoint in `source` to the new directory `out`; returns the method block.
 
-    alpha is read from the JSON files in `source` (lora_alpha) or given, the rank is the factors'; what a file (r,
-    lora_r) or an argument says besides must agree. Weights keep their dtype; an unsorted index is sorted with its
-    values. Logits equal those of the formula. Raises `UserError`.
+    alpha comes from the JSON files in `source` (lora_alpha) or the argument, the rank from the factors' shapes. All
+    values in files (r, lora_r) and arguments must agree. Weights keep their dtype; an unsorted index is sorted together
+    with its values. The logits equal those of the formula. Raises `UserError`.
     """
     source = Path(source)
     if not source.is_dir():
@@ -41,12 +41,12 @@ def import_sltrain(source: str | Path, out: str | Path, alpha: float | None = No
     rank = _agreed("rank", rank, source, ("r", "lora_r"), int(next(iter(layers.values()))["lora_A"].shape[0]))
     alpha = _agreed("alpha", alpha, source, ("lora_alpha",))
     if alpha is None:
-        raise UserError(f"{source}: no JSON file in it says lora_alpha; give --alpha")
+        raise UserError(f"{source}: no JSON file in it has lora_alpha; give --alpha")
     config = read_config(source)
     shapes = _linear_shapes(config)
     for name, parts in layers.items():
         rows, columns, order = _check(name, parts, rank, shapes.get(name), file)
-        state[f"{name}.S_rows"], state[f"{name}.S_columns"] = rows, columns  # what makes a layer's support a stored one
+        state[f"{name}.S_rows"], state[f"{name}.S_columns"] = rows, columns  # marks the layer's support as stored
         state[f"{name}.A"], state[f"{name}.B"] = parts["lora_A"].contiguous(), parts["lora_B"].contiguous()
         state[f"{name}.S_values"] = parts["sparse_value"].flatten()[order]
     method = {"name": "sltrain", "rank": rank, "density": _density(layers, file), "alpha": alpha, "support_seed": 0}
@@ -87,7 +87,7 @@ def _unwrapped(name: str) -> str:
 
 
 def _split(state: dict, file: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
-    """The sparse layers' parts by layer name, and everything else by its own name."""
+    """Split a state dict into the sparse layers' parts, by layer name, and all other tensors."""
     layers, rest = defaultdict(dict), {}
     for key, tensor in state.items():
         name, _, part = key.rpartition(".")
@@ -102,14 +102,14 @@ def _split(state: dict, file: Path) -> tuple[dict[str, dict[str, torch.Tensor]],
         if lacking:
             raise UserError(f"{file}: {name} lacks {', '.join(lacking)}; not a checkpoint of the SLTrain code")
         if f"{name}.weight" in rest:
-            raise UserError(f"{file}: {name} holds a dense weight beside its factors, which the formula does not have")
+            raise UserError(f"{file}: {name} has a dense weight beside its factors, which is not in the formula")
     return dict(layers), rest
 
 
 def _agreed(what: str, given, source: Path, keys: tuple[str, ...], found=None):
-    """A number that the flag, the weights and the directory's JSON files must agree on, None if none has it."""
+    """The value on which the flag, the weights and the directory's JSON files must agree; None if none has it."""
     said = {f"--{what}": given, "the weights": found}
-    tokenizer = {file for pattern in TOKENIZER_FILES for file in source.glob(pattern)}  # whose tokens may be called r
+    tokenizer = {file for pattern in TOKENIZER_FILES for file in source.glob(pattern)}  # may contain a token named r
     for file in sorted({*source.glob("*.json")} - tokenizer):
         content = _json(file)
         blocks = [content, *content.values()] if isinstance(content, dict) else []
@@ -134,7 +134,7 @@ def _linear_shapes(config) -> dict[str, tuple[int, int]]:
 
 
 def _check(name: str, parts: dict[str, torch.Tensor], rank: int, shape: tuple[int, int] | None, file: Path):
-    """(rows, columns, order of the values) of a layer whose tensors fit its place in the model."""
+    """Check that a layer's tensors fit the model; returns (rows, columns, permutation of the values)."""
     if shape is None:
         raise UserError(f"{file}: the model of config.json has no linear layer {name}")
     A, B, values, index = (parts[part] for part in _PARTS)
@@ -144,7 +144,7 @@ def _check(name: str, parts: dict[str, torch.Tensor], rank: int, shape: tuple[in
     if index.dtype != torch.int64 or index.numel() != values.numel():
         raise UserError(
             f"{file}: {name} has {values.numel()} values and {index.numel()} positions in {index.dtype}; "
-            "expected as many, in int64"
+            "expected equal numbers, positions in int64"
         )
     try:
         return support.from_flat_index(index, *shape)
@@ -153,7 +153,7 @@ def _check(name: str, parts: dict[str, torch.Tensor], rank: int, shape: tuple[in
 
 
 def _density(layers: dict, file: Path) -> float:
-    """A density that gives every layer its number of values, in as few digits as do; the file does not store it."""
+    """The density with the fewest digits that gives every layer its number of values; the file does not store it."""
     low, high = 0.0, inf
     for parts in layers.values():
         size = parts["lora_B"].shape[0] * parts["lora_A"].shape[1]
@@ -169,12 +169,12 @@ def _density(layers: dict, file: Path) -> float:
     candidates = [round((low + high) / 2, digits) for digits in range(1, 17)] + [low, nextafter(low, inf)]
     found = next((density for density in candidates if fits(density)), None)
     if found is None:
-        raise UserError(f"{file}: its layers have different densities of non-zeros; one density must give them all")
+        raise UserError(f"{file}: its layers have different densities of non-zeros; they must have one density")
     return found
 
 
 def _targets(config, method: dict, layers: set[str]) -> list[str]:
-    """The shortest list of name parts that makes `convert` replace exactly `layers`."""
+    """The shortest list of name components for which `convert` replaces exactly `layers`."""
     for targets in (["self_attn", "mlp"], sorted({name.rpartition(".")[2] for name in layers})):
         try:
             model = convert_skeleton(config, {**method, "target_modules": targets})

@@ -1,1 +1,1 @@
-"""Memory of a run: counted before it starts (`estimate`), and by the paper's own rule (`paper`)."""
+"""Memory of a run: estimated before it starts (`estimate`), and counted by the paper's rule (`paper`)."""

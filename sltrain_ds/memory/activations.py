@@ -1,16 +1,17 @@
-"""Activation memory of a transformers LLaMA: what one micro-batch keeps for the backward pass, in bytes.
+"""Activation memory of a transformers LLaMA: bytes that one micro-batch keeps for the backward pass.
 
-A model, not a count. The terms are the tensors autograd saves in modeling_llama.py of transformers 5.23 (a test holds
-them against saved-tensor hooks); what kernels allocate for themselves comes on top. T tokens of the micro-batch,
-h hidden, f intermediate, q and k the widths of queries and keys, a heads, V vocabulary, c bytes of the compute dtype:
+This is a model. The terms are the tensors that autograd saves in modeling_llama.py of transformers 5.23 (a test
+compares them with saved-tensor hooks); allocations inside kernels are not included. T tokens per micro-batch, h hidden,
+f intermediate, q and k the widths of queries and keys, a heads, V vocabulary, c bytes of the compute dtype:
 
     norm        4 T h (its input in fp32) + c T h (normalised) + 4 T (1 / rms)
     attention   c T h (the normed input) + c T (q + 2 k) + c T q (output) + 4 T a (log-sum-exp)
-                eager, S tokens a sequence: not the log-sum-exp, its weights: 4 T a S (and c T a S where c is not 4)
+                eager, S tokens per sequence: attention weights, 4 T a S (plus c T a S if c is not 4), instead of the
+                log-sum-exp
     MLP         c T h (the normed input) + 4 c T f (gate, silu(gate), up, their product)
     block       2 norms + attention + MLP, and c T r for each x A^T that a method keeps
     head        norm + c T h + 12 T V (fp32: log-probabilities, their gradient, the logits' gradient)
-                chunked loss: 8 V (and c V where c is not 4) times the tokens of one chunk
+                chunked loss: 8 V (plus c V if c is not 4) times the tokens of one chunk
     all         layers x block + head; with checkpointing layers x c T h + max(block, head)
 """
 
@@ -19,9 +20,9 @@ from sltrain_ds.memory.count import Model, Shape
 
 
 def activations(model: Model, tokens: int, compute: int, checkpointing: bool, chunked: bool, held: int = 0) -> int:
-    """Bytes at the start of the backward pass of `tokens` tokens; `compute`: bytes an element.
+    """Bytes at the start of the backward pass of `tokens` tokens; `compute`: bytes per element.
 
-    `held`: bytes of W that a block holds from forward to backward (op_mode "keep").
+    `held`: bytes of W that a block keeps from forward to backward (op_mode "keep").
     """
     s = model.shape
     one = block(model, tokens, compute) + held
@@ -32,7 +33,7 @@ def activations(model: Model, tokens: int, compute: int, checkpointing: bool, ch
 
 
 def block(model: Model, tokens: int, compute: int) -> int:
-    """What one transformer block saves."""
+    """Bytes saved by one transformer block."""
     s = model.shape
     q, k = s.heads * s.head_dim, s.kv_heads * s.head_dim
     of_a_score = model.scores * (4 + compute * (compute != 4)) if model.scores else 4
@@ -42,12 +43,12 @@ def block(model: Model, tokens: int, compute: int) -> int:
 
 
 def head(s: Shape, tokens: int, compute: int) -> int:
-    """The last norm and the head's input; the T x V arrays come on top."""
+    """Bytes of the last norm and the head's input, without the T x V arrays."""
     return _norm(s, tokens, compute) + compute * tokens * s.hidden
 
 
 def loss(s: Shape, tokens: int, compute: int, chunked: bool) -> int:
-    """The arrays over the vocabulary. A chunk has the logits, in fp32 too where they are not, and log-probabilities."""
+    """Bytes of the arrays over the vocabulary. A chunk has logits, an fp32 copy if they are not, log-probabilities."""
     if chunked:
         return (8 + compute * (compute != 4)) * s.vocab * min(tokens, chunk_tokens(s.vocab))
     return 12 * s.vocab * tokens

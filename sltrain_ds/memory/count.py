@@ -1,4 +1,4 @@
-"""Every parameter of a LLaMA-class model under a method, from its config alone: no torch, no model."""
+"""Parameters of a LLaMA-class model under a method, computed from the config without torch or a model."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ _LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")
 
 @dataclass(frozen=True)
 class Tensor:
-    """A trainable tensor: dotted name, shape and the optimizer group it steps in."""
+    """A trainable tensor: dotted name, shape and optimizer group."""
 
     name: str
     shape: tuple[int, ...]
@@ -44,7 +44,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class Support:
-    """The fixed support of one layer, row-wise: int32 row pointers, uint16 columns (int32 where in > 65,536)."""
+    """The fixed support of one layer, row-wise: int32 row pointers, uint16 columns (int32 if in > 65,536)."""
 
     out_features: int
     in_features: int
@@ -57,7 +57,7 @@ class Support:
 
 @dataclass(frozen=True)
 class Shape:
-    """What a LLaMA-class config says about sizes, defaults of `transformers.LlamaConfig` filled in."""
+    """Sizes from a LLaMA-class config, with the defaults of `transformers.LlamaConfig`."""
 
     hidden: int
     intermediate: int
@@ -114,10 +114,10 @@ class Shape:
 
 @dataclass(frozen=True)
 class Replacement:
-    """What a method puts in place of a targeted W (out x in), as its MethodLinear declares it.
+    """Replacement of a targeted W (out x in) by a method, as declared by its MethodLinear.
 
     `parameters(out, in, method)` lists (suffix, shape, role); `composes`: W is built in the shared workspace;
-    `kept_width(method)`: width of what its forward saves beside x, a layer.
+    `kept_width(method)`: width of what one layer's forward saves in addition to x.
     """
 
     parameters: Callable[[int, int, Any], list]
@@ -133,7 +133,7 @@ def _factors_and_sparse(out, inn, method):
     return [*_factors(out, inn, method), ("S_values", (nonzeros(method.density, out, inn),), "sparse")]
 
 
-# The layers themselves need torch; a test holds these entries against every method's real model on the meta device.
+# The layers themselves need torch; a test compares these entries with every method's real model on the meta device.
 REPLACEMENTS = {
     "sltrain": Replacement(_factors_and_sparse, composes=True),
     "low_rank": Replacement(_factors, kept_width=lambda method: method.rank),
@@ -143,7 +143,7 @@ REPLACEMENTS = {
 
 @dataclass(frozen=True)
 class Composed:
-    """The layers of one shape whose W is composed: how many, elements of a W, and its rank."""
+    """Layers of one shape whose W is composed: their number, elements per W, and rank."""
 
     layers: int
     numel: int
@@ -157,23 +157,23 @@ class Model:
     shape: Shape
     tensors: tuple[Tensor, ...]
     supports: tuple[Support, ...]
-    workspace: int  # elements of the largest W that is composed
-    kept_width: int  # summed over the layers: what their forward saves beside x, in elements a token
+    workspace: int  # elements of the largest composed W
+    kept_width: int  # elements per token that the forwards save in addition to x, summed over layers
     composed: dict[str, "Composed"] = field(default_factory=dict)  # by shape "OUTxIN", as in sltrain.op_mode
-    scores: int = 0  # sequence length where attention saves its weights (eager), else 0
+    scores: int = 0  # sequence length if attention saves its weights (eager), else 0
 
     @property
     def parameters(self) -> int:
         return sum(t.numel for t in self.tensors)
 
     def by_group(self) -> dict[str, list[Tensor]]:
-        """Tensors of each optimizer group, empty groups left out."""
+        """Tensors per optimizer group, without empty groups."""
         groups = {group: [t for t in self.tensors if t.group == group] for group in GROUPS}
         return {group: tensors for group, tensors in groups.items() if tensors}
 
 
 def count(shape: Shape, method=None) -> Model:
-    """The model of `shape` with `method` (a `sltrain.method` block) in its targeted projections; None is full-rank."""
+    """Count the model of `shape` with `method` (a `sltrain.method` block) in its targeted projections; None: dense."""
     name = method.name if method is not None else "full_rank"
     if name not in REPLACEMENTS:
         raise UserError(f'sltrain.method.name: cannot count "{name}"; known: {", ".join(REPLACEMENTS)}')
@@ -224,6 +224,6 @@ class _Counter:
 
 
 def targeted(name: str, patterns) -> bool:
-    """Whether a pattern names a part of the dotted `name`, as `methods.convert` reads `target_modules`."""
+    """Whether a pattern matches components of the dotted `name`, like `target_modules` in `methods.convert`."""
     parts = f".{name}."
     return any(f".{pattern}." in parts for pattern in patterns)

@@ -1,8 +1,8 @@
-"""`estimate`: parameters and bytes by category on each GPU, for a config and a number of GPUs; nothing is built.
+"""`estimate`: parameters and bytes by category per GPU for a config and a number of GPUs, without building the model.
 
-The categories are those of the backward pass, each at its own largest, so that their sum is an upper bound of what is
-held then; `moments` gives the sums while the engine is built, in the backward pass and in `optimizer.step()`. Bytes of
-tensors: the allocator's fragmentation, the CUDA context and Python come on top. docs/memory.md says the rest.
+The categories are those of the backward pass, each at its own maximum, so their sum is an upper bound of that peak;
+`moments` are the sums while the engine is built, in the backward pass and in `optimizer.step()`. Only tensors are
+counted, not allocator fragmentation, the CUDA context or Python. docs/memory.md has the details.
 """
 
 from dataclasses import dataclass, field, replace
@@ -19,12 +19,12 @@ CATEGORIES = ("weights", "index", "states", "masters", "gradients", "buckets", "
 
 @dataclass(frozen=True)
 class Estimate:
-    """`parameters`: trained numbers by role ("norms" are one-dimensional dense ones), `bytes`: one GPU's, by category
+    """`parameters`: trained numbers by role ("norms": one-dimensional dense ones), `bytes`: per GPU and category
     (CATEGORIES, summing to `total`), `moments`: sums at three moments, `paper`: the paper's rows by method."""
 
     gpus: int
     zero_stage: int
-    tokens: int  # of a micro-batch
+    tokens: int  # per micro-batch
     parameters: dict[str, int]
     bytes: dict[str, int]
     moments: dict[str, int]
@@ -41,7 +41,7 @@ class Estimate:
         return max(self.moments.values())
 
     def to_json(self) -> dict:
-        """Plain data; the keys are stable, sizes are bytes on one GPU, "format" changes when a key does."""
+        """JSON data: sizes are bytes per GPU; the keys are stable, and "format" changes with them."""
         out = {
             "format": 1,
             "gpus": self.gpus,
@@ -66,7 +66,7 @@ class Estimate:
 def estimate(run, gpus: int | None = None, device: str = "cpu") -> Estimate:
     """Estimate a `RunConfig` on `gpus` GPUs (default `run.world_size`), with the dense model under the same config.
 
-    `device`, one of `libraries.KINDS`, says what libraries take beside the tensors: nothing on the CPU.
+    `device`, one of `libraries.KINDS`, selects the memory counted for libraries: none on the CPU.
 
     Raises `UserError` for models that cannot be counted and settings whose memory is not modelled.
     """
@@ -113,7 +113,7 @@ def _one(run, gpus: int, model: Model, device: str) -> Estimate:
 
 
 def _in_mode(model: Model, block) -> Model:
-    """The factored modes save x A^T beside x ("auto" may choose them); eager attention saves its weights."""
+    """Adds what the modes save: x A^T in the factored ones ("auto" may choose them); weights of eager attention."""
     modes = {shape: _mode(block.op_mode, shape) for shape in model.composed}
     factored = [c for shape, c in model.composed.items() if modes[shape] in ("factored", "factored_dense", "auto")]
     scores = block.data.sequence_length if block.model.attention == "eager" else 0
@@ -121,7 +121,8 @@ def _in_mode(model: Model, block) -> Model:
 
 
 def _held_weights(model: Model, op_mode) -> tuple[int, int]:
-    """Elements that a block in "keep" holds from forward to backward, W, and all in "keep_step" in a step, W and dW."""
+    """(elements of W that a block in "keep" holds from forward to backward, elements of W and dW that all layers in
+    "keep_step" hold during a step)."""
     in_a_block = in_a_step = 0
     for shape, composed in model.composed.items():
         mode, every = _mode(op_mode, shape), composed.layers * composed.numel
@@ -133,7 +134,7 @@ def _held_weights(model: Model, op_mode) -> tuple[int, int]:
 
 
 def _mode(op_mode, shape: str) -> str:
-    """Of the layers of a shape "OUTxIN", from one mode for all or {shape: mode}."""
+    """Mode of the layers of a shape "OUTxIN"; `op_mode` is one mode for all or {shape: mode}."""
     return op_mode if isinstance(op_mode, str) else op_mode.get(shape, "auto")
 
 

@@ -1,4 +1,4 @@
-"""Memory that can still be had."""
+"""Free memory of a device."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import torch
 
 
 def free_bytes(device) -> int:
-    """Bytes free on the device: of the GPU, or of the machine."""
+    """Free bytes of the GPU, or of the machine for the CPU."""
     if torch.device(device).type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     lines = Path("/proc/meminfo").read_text().splitlines()

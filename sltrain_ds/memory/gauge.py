@@ -1,4 +1,4 @@
-"""How many bytes of tensors are alive on a device, and how many were at most."""
+"""Current and peak bytes of tensors on a device."""
 
 import resource
 from pathlib import Path
@@ -9,12 +9,12 @@ from sltrain_ds.ops import builder
 
 
 class Gauge:
-    """`now()` and `most()` of a device's tensors since the gauge was made, in bytes.
+    """Current (`now()`) and peak (`most()`) bytes of a device's tensors since the gauge was created.
 
-    CUDA: the caching allocator's active bytes, those of freed blocks that another stream still uses included. CPU:
-    those of our counting allocator (csrc/counted_allocator.cpp), which serves from here on; tensors made before are not
-    seen. Where the C++ ops could not be built, the resident set's growth, read at the calls alone (`kind` "resident"):
-    a peak between two calls is missed, and libraries count.
+    CUDA: the caching allocator's active bytes, including freed blocks still in use by another stream. CPU: bytes of our
+    counting allocator (csrc/counted_allocator.cpp), active from here on; earlier tensors are not counted. Without the
+    C++ ops, the growth of the resident set size, read only at the calls (`kind` "resident"): a peak between two calls
+    is missed, and libraries count.
     """
 
     def __init__(self, device):
@@ -34,11 +34,11 @@ class Gauge:
         return self._read(False)[0]
 
     def most(self, reset: bool = False) -> int:
-        """The most alive at once since the last reset; `reset` starts anew from what is alive now."""
+        """Peak since the last reset; `reset` restarts it from the current bytes."""
         return self._read(reset)[1]
 
     def reserved(self) -> int | None:
-        """CUDA: the most bytes that the caching allocator took from the device since the last reset; else None."""
+        """CUDA: peak bytes reserved by the caching allocator since the last reset; else None."""
         return torch.cuda.max_memory_reserved(self.device) if self.device.type == "cuda" else None
 
     def _read(self, reset: bool) -> tuple[int, int]:
@@ -57,11 +57,11 @@ class Gauge:
 
 
 def resident() -> tuple[int, int]:
-    """(resident set now, its peak) of this process, in bytes; VmRSS and VmHWM of /proc/self/status."""
+    """(resident set size, its peak) of this process in bytes: VmRSS and VmHWM of /proc/self/status."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
         fields = {line.split(":")[0]: line.split()[1] for line in lines if line.startswith(("VmRSS", "VmHWM"))}
         return int(fields["VmRSS"]) * 1024, int(fields["VmHWM"]) * 1024
     except (OSError, KeyError):
-        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # KiB; a parent's peak may stay in it
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # KiB; may include a parent's peak
         return most, most

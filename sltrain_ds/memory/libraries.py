@@ -1,4 +1,4 @@
-"""What libraries take from torch's allocator on a GPU: cuBLAS's workspaces, one for each thread that calls it."""
+"""Memory that libraries take from torch's allocator on a GPU: one cuBLAS workspace per calling thread."""
 
 import os
 
@@ -9,8 +9,8 @@ THREADS = 2  # the forward pass's and autograd's
 
 
 def cublas_workspaces(kind: str, deterministic: bool = False) -> int:
-    """Bytes on a device of one of KINDS; CUBLAS_WORKSPACE_CONFIG (":KIB:COUNT", repeated) counts where it is set, and
-    what a `deterministic` run sets it to where it is not.
+    """Bytes on a device of one of KINDS. If CUBLAS_WORKSPACE_CONFIG (":KIB:COUNT", repeated) is set, it determines the
+    size; otherwise a `deterministic` run uses the value it sets itself.
     """
     asked = os.environ.get("CUBLAS_WORKSPACE_CONFIG") or (DETERMINISTIC if deterministic else "")
     numbers = [int(word) for word in asked.split(":") if word.isdigit()]
@@ -21,7 +21,7 @@ def cublas_workspaces(kind: str, deterministic: bool = False) -> int:
 
 
 def kind_of(device) -> str:
-    """One of KINDS, of a torch device."""
+    """Kind of a torch device, one of KINDS."""
     import torch
 
     if torch.device(device).type != "cuda":

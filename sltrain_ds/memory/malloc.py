@@ -1,4 +1,4 @@
-"""glibc's malloc, told to give memory back."""
+"""Settings of glibc's malloc that return freed memory to the system."""
 
 import ctypes
 import os
@@ -8,12 +8,12 @@ _THRESHOLD = 1 << 20
 
 
 def give_back_large_blocks() -> bool:
-    """Have blocks from 1 MiB up mapped one by one, so that a freed tensor leaves the process. False where the
-    environment has settled it (MALLOC_MMAP_THRESHOLD_, GLIBC_TUNABLES) or the C library is another.
+    """Map blocks of 1 MiB and more individually, so that a freed tensor is returned to the system. Returns False if
+    the environment sets it (MALLOC_MMAP_THRESHOLD_, GLIBC_TUNABLES) or the C library is not glibc.
 
-    Left alone glibc raises the threshold, up to 32 MiB, with every block that is freed, and keeps what lies below in
-    heaps full of holes. The price is a page fault for every page of a new tensor, so it is for runs where memory is the
-    point. docs/memory.md has what both cost at 350M parameters.
+    By default glibc raises the threshold, up to 32 MiB, whenever a block is freed, and smaller blocks stay in
+    fragmented heaps. The cost is a page fault for every page of a new tensor, so this is for memory-bound runs.
+    docs/memory.md has the cost of both at 350M parameters.
     """
     if "MALLOC_MMAP_THRESHOLD_" in os.environ or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):
         return False
@@ -21,8 +21,8 @@ def give_back_large_blocks() -> bool:
 
 
 def give_back_holes() -> bool:
-    """Return the free pages between the blocks of malloc's heaps to the system; False where there were none, or where
-    the C library is another. For after `initialize`, whose scratch the run never needs again."""
+    """Return the free pages in malloc's heaps to the system; False if there were none or the C library is not glibc.
+    Called after `initialize`, whose scratch memory is not needed again."""
     return bool(_libc("malloc_trim", 0))
 
 

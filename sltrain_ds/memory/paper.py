@@ -1,6 +1,6 @@
-"""The paper's own count: Table 2 of SLTrain (Han et al., NeurIPS 2024), parameters and estimated memory.
+"""The paper's count of parameters and memory: Table 2 of SLTrain (Han et al., NeurIPS 2024).
 
-Its rule: GB = 1e9 bytes; 2 bytes a weight (bf16), 2 x 2 bytes of Adam moments a trained number, 8 bytes an index
+Its rule: GB = 1e9 bytes; 2 bytes per weight (bf16), 2 x 2 bytes of Adam moments per trained number, 8 bytes per index
 (int64); no gradients, no activations. With P_full, P_low the parameters of the full-rank and the low-rank model (each
 with embedding, head and norms), P_other = embedding, head and norms, nnz the non-zeros:
 
@@ -8,12 +8,12 @@ with embedding, head and norms), P_other = embedding, head and norms, nnz the no
     low-rank    6 P_low
     SLTrain     6 (P_low + nnz) + 8 nnz
     GaLore      2 P_full + 4 P_other + sum over projections m x n of [2 min(m, n) r + 4 r max(m, n)]
-                weights; moments of what is not projected; the projector and two moments of the projected gradient
+                weights; moments of unprojected tensors; the projector and two moments of the projected gradient
     ReLoRA      2 (P_full + P_low) + 4 P_low
-                the frozen full model and a low-rank model of its own beside it; moments of the low-rank model
+                the frozen full model and a separate low-rank model; moments of the low-rank model
 
-ReLoRA's two parts are rounded to two decimals each and then added: at 1B 3.90 + 2.44 = 6.34, while the sum itself,
-6.334, would print as 6.33. That is the reading under which the printed 6.34 comes out; all other rows are rounded once.
+ReLoRA's two parts are rounded to two decimals each and then added: at 1B 3.90 + 2.44 = 6.34, while the sum, 6.334,
+would print as 6.33. This reading reproduces the printed 6.34; all other rows are rounded once.
 """
 
 from dataclasses import dataclass
@@ -29,8 +29,8 @@ RECIPES = {
     "llama_7b": (1024, 0.05),
 }
 
-# Figure 3: measured on one A100 80G, 256 tokens a step, GB. Adam, 8-bit Adam, GaLore and SLTrain, the last three with
-# 8-bit states and per-layer updates.
+# Figure 3: GB measured on one A100 80G at 256 tokens per step. Adam, 8-bit Adam, GaLore and SLTrain, the last three
+# with 8-bit states and per-layer updates.
 FIGURE_3 = {
     "llama_350m": {"adam": 4.5, "adam_8bit": 3.5, "galore": 3.1, "sltrain": 2.2},
     "llama_1b": {"adam": 16.3, "adam_8bit": 11.8, "galore": 10.3, "sltrain": 6.8},
@@ -67,9 +67,10 @@ class Row:
 
 
 def table(shape: Shape, rank: int | None = None, density: float | None = None) -> dict[str, Row]:
-    """Rows by method for a model of `shape`, every projection replaced; what needs an absent rank or density is out."""
+    """Rows by method for a model of `shape` with every projection replaced; rows that need a missing rank or density
+    are omitted."""
     sizes = [(w.out_features, w.in_features) for w in shape.linears(0)] * shape.layers
-    # embedding, head, two norms a block and the last one; the paper's models have no biases
+    # embedding, head, two norms per block and the last one; the paper's models have no biases
     other = (1 if shape.tied else 2) * shape.vocab * shape.hidden + (2 * shape.layers + 1) * shape.hidden
     full = other + sum(m * n for m, n in sizes)
     rows = {"full_rank": Row("full_rank", full, {"weights": 2 * full, "moments": 4 * full})}

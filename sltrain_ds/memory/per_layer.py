@@ -1,15 +1,15 @@
-"""What the per-layer update (zero/per_layer/update.py) holds on one GPU, in bytes.
+"""Memory of the per-layer update (zero/per_layer/update.py) on one GPU, in bytes.
 
-Gradients exist for one unit at a time (a transformer block, the embedding, or final norm and head), so the backward
-pass has a few places where it can be largest; the categories are those of the largest one:
+Gradients exist for one unit at a time (a transformer block, the embedding, or final norm and head). The backward pass
+can therefore peak in a few places; the categories are those of the largest one:
 
     head        the layers' inputs, the loss, the head's gradient
-    last block  the layers' inputs, what the block recomputes and what passes by in its MLP, or the block's gradients
-    embedding   its gradient, when nothing else is left
+    last block  the layers' inputs, the block's recomputed tensors and its MLP's temporaries, or the block's gradients
+    embedding   its gradient, with nothing else left
 
-One rank: gradients are `.grad` alone. N ranks: a bucket of the unit, N partitions, and the gradient that is copied into
-it; a parameter alone in its group is reduced where it lies. Accumulation: the sum so far, w P/N, beside (one rank: it
-is `.grad`). Masters of the weights' dtype are the weights; for others a group's gradients are cast when it is stepped.
+One rank: gradients are only `.grad`. N ranks: a bucket of the unit (N partitions) and the gradient being copied into
+it; a parameter alone in its group is reduced in place. Accumulation adds the partial sum, w P/N (one rank: it is
+`.grad`). Masters of the weights' dtype are the weights; for others a group's gradients are cast when it is stepped.
 """
 
 from dataclasses import dataclass
@@ -21,8 +21,8 @@ from sltrain_ds.memory.count import GROUPS, Model
 
 @dataclass(frozen=True)
 class Unit:
-    """`parts`: elements of each group's partition; `gradients`, `bucket`: bytes of both when the last one arrives;
-    `cast`: of the largest group's gradients in the masters' dtype, where that is another."""
+    """One unit. `parts`: elements of each group's partition; `gradients`, `bucket`: their bytes when the last gradient
+    arrives; `cast`: bytes of the largest group's gradients in the masters' dtype, if it differs."""
 
     groups: dict[str, list]
     parts: dict[str, int]
@@ -32,9 +32,9 @@ class Unit:
 
 
 def held_per_layer(model: Model, s: zero.Settings, tokens: int, checkpointing: bool, chunked: bool, of_W: int = 0):
-    """(`zero.Held`, activations) in bytes, gradients and activations at the backward pass's largest place.
+    """(`zero.Held`, activations) in bytes, gradients and activations at the peak of the backward pass.
 
-    `of_W`: bytes of W that a block holds from forward to backward (op_mode "keep").
+    `of_W`: bytes of W that a block keeps from forward to backward (op_mode "keep").
     """
     units = {name: _unit(groups, s) for name, groups in _by_unit(model).items()}
     parts = sum(sum(unit.parts.values()) for unit in units.values())
@@ -43,7 +43,7 @@ def held_per_layer(model: Model, s: zero.Settings, tokens: int, checkpointing: b
     whole, gathered = (0, 0) if s.stage != 3 else zero.gathered(model.tensors, s)
     accumulated = parts * s.weight if s.accumulation > 1 else 0
     gradients, bucket, activations = _largest_place(model, units, s, tokens, checkpointing, chunked, of_W)
-    if s.accumulation > 1 and s.world == 1:  # autograd adds into what is counted already
+    if s.accumulation > 1 and s.world == 1:  # autograd adds into the gradient counted already
         gradients = max(t.numel for t in model.tensors) * s.weight
     held = zero.Held(
         weights=(sharded + whole) * s.weight,
@@ -61,7 +61,7 @@ def held_per_layer(model: Model, s: zero.Settings, tokens: int, checkpointing: b
 
 
 def _by_unit(model: Model) -> dict[str, dict[str, list]]:
-    """Unit -> group -> tensors, as zero/per_layer/units.py cuts them."""
+    """{unit: {group: tensors}}, split as in zero/per_layer/units.py."""
     units: dict[str, dict[str, list]] = {}
     for tensor in model.tensors:
         parts = tensor.name.split(".")
@@ -99,16 +99,16 @@ def _states(unit: Unit, s: zero.Settings) -> int:
 
 
 def _largest_place(model, units, s, tokens, checkpointing, chunked, of_W) -> tuple[int, int, int]:
-    """(gradients, bucket, activations) where their sum is largest."""
+    """(gradients, bucket, activations) at the place where their sum is largest."""
     shape, c = model.shape, s.weight
     stream = c * tokens * shape.hidden
     block = act.block(model, tokens, c) + of_W
     inputs = shape.layers * (stream if checkpointing else block)
-    block *= checkpointing  # what is recomputed
+    block *= checkpointing  # recomputed tensors
     loss = act.loss(shape, tokens, c, chunked)
     blocks = [unit for name, unit in units.items() if name not in ("head", "embedding")]
     largest = max(blocks, key=lambda unit: unit.gradients + unit.bucket)
-    # at its beginning, where the MLP's gradients pass by; at its end, nothing of it left but the gradients
+    # the block's backward starts with the MLP's temporary gradients; at its end only parameter gradients remain
     passing = c * tokens * 2 * (shape.intermediate + shape.hidden)
     first = [t.numel for ts in largest.groups.values() for t in ts if ".down_proj." in t.name]
     head, embedding = units["head"], units["embedding"]

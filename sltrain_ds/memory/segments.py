@@ -1,4 +1,4 @@
-"""How torch's CUDA allocator takes memory from the device."""
+"""Configuration of the segments of torch's CUDA allocator."""
 
 import os
 
@@ -8,8 +8,8 @@ VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
 def grow_segments() -> None:
-    """From here on, segments that grow (expandable_segments): freed memory fits what comes next, whatever its size.
-    Whoever sets the allocator's variable keeps their own. Nothing happens without CUDA.
+    """Enable expandable_segments, so that freed memory can be reused for blocks of any size. Has no effect if the
+    user set one of VARIABLES, or without CUDA.
     """
     if any(os.environ.get(name) for name in VARIABLES):
         return

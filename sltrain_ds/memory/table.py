@@ -1,11 +1,11 @@
-"""What was measured, as lines for people: categories beside the estimate, and each moment's peak."""
+"""Text table of measured memory: categories next to their estimates, and each moment's peak."""
 
 from sltrain_ds.errors import UserError
 from sltrain_ds.memory.estimate import estimate
 
 
 def meter_table(found: dict[str, int], moments: dict[str, int], run) -> str:
-    """`found`: `Meter.read()`; `moments`: `Meter.peaks`; `run`: the `RunConfig`, whose estimate stands beside."""
+    """Format the table. `found`: `Meter.read()`; `moments`: `Meter.peaks`; `run`: the `RunConfig` to estimate."""
     try:
         expected = estimate(run)
         told = {**expected.bytes, "tensors": expected.peak, **expected.moments}

@@ -1,8 +1,8 @@
-"""What DeepSpeed 0.19.8 allocates on one GPU for a list of parameter groups, stage by stage, in bytes.
+"""Bytes that DeepSpeed 0.19.8 allocates on one GPU for a list of parameter groups, per ZeRO stage.
 
-Read from runtime/zero/stage_1_and_2.py, stage3.py, partition_parameters.py and engine.py of that version. `weights`,
+Derived from runtime/zero/stage_1_and_2.py, stage3.py, partition_parameters.py and engine.py of that version. `weights`,
 `masters` and `states` are exact (a test compares them with a live engine at every stage); `gradients` and `buckets`
-are what the code allocates at its worst moment, docs/memory.md gives the formulas.
+are the code's peak allocations. docs/memory.md gives the formulas.
 """
 
 from dataclasses import dataclass
@@ -11,14 +11,14 @@ from math import ceil
 from sltrain_ds.errors import UserError
 from sltrain_ds.formats import ALIGNMENT, STATES
 
-DEEPSPEED_ALIGNMENT = 2  # elements a rank: nccl_start_alignment_factor, stage_1_and_2.py
-BITSANDBYTES_FLOOR = 4096  # it keeps smaller tensors in 32 bits
+DEEPSPEED_ALIGNMENT = 2  # elements per rank: nccl_start_alignment_factor, stage_1_and_2.py
+BITSANDBYTES_FLOOR = 4096  # bitsandbytes keeps 32-bit states for smaller tensors
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The keys that decide, DeepSpeed's defaults filled in. Sizes in elements, dtypes as bytes an element."""
+    """The relevant config keys with DeepSpeed's defaults. Sizes in elements, dtypes as bytes per element."""
 
     stage: int
     world: int
@@ -41,7 +41,7 @@ class Settings:
 
     @classmethod
     def of(cls, run, world: int) -> "Settings":
-        """From a `RunConfig`; raises `UserError` for what moves memory in ways not counted here."""
+        """Settings of a `RunConfig`. Raises `UserError` for options whose memory is not modelled."""
         ds = run.deepspeed
         zero = ds.get("zero_optimization", {})
         if zero.get("zero_quantized_weights"):
@@ -82,8 +82,8 @@ class Settings:
 
 @dataclass(frozen=True)
 class Held:
-    """Bytes on one GPU, `gradients` and `buckets` at their largest in the backward pass; `step`: what is held of both,
-    and of copies, in `optimizer.step()`; `init`: likewise while the engine is built."""
+    """Bytes on one GPU. `gradients` and `buckets`: their maximum in the backward pass; `step`: both, and copies, in
+    `optimizer.step()`; `init`: the same while the engine is built."""
 
     weights: int
     masters: int
@@ -95,19 +95,19 @@ class Held:
 
 
 def held(groups: dict[str, list], s: Settings) -> Held:
-    """`groups`: optimizer group name -> its tensors (`count.Tensor`), in the optimizer's order."""
+    """Bytes for `groups`: optimizer group name -> tensors (`count.Tensor`), in the optimizer's order."""
     return {0: _stage_0, 1: _stage_1_and_2, 2: _stage_1_and_2, 3: _stage_3}[s.stage](groups, s)
 
 
 def states(numel: int, s: Settings, group: str, pieces: list[int]) -> int:
-    """Both Adam moments of a tensor that is stepped, which holds pieces of parameters of these lengths; step counters
-    (4 bytes) and the shared 8-bit maps left out."""
+    """Bytes of both Adam moments of a stepped tensor; `pieces` are the lengths of the parameters' parts in it. Without
+    step counters (4 bytes) and the shared 8-bit maps."""
     if s.states == "32bit":
         return 2 * numel * s.master
     if group == "norms" or (not s.ours and numel < BITSANDBYTES_FLOOR):
         return 2 * numel * 4
     block, per_byte = STATES[s.states]
-    if s.ours:  # every piece begins with a block of its own
+    if s.ours:  # every piece starts a new block
         blocks = sum(ceil(length / block) for length in pieces)
         return 2 * (blocks * block // per_byte + 4 * blocks)
     return 2 * (numel + 4 * ceil(numel / block))
@@ -116,14 +116,14 @@ def states(numel: int, s: Settings, group: str, pieces: list[int]) -> int:
 def _stage_0(groups, s):
     tensors = [(t, group) for group, members in groups.items() for t in members]
     total = sum(t.numel for t, _ in tensors)
-    mixed = s.weight != 4  # a low-precision model is wrapped with fp32 copies; an fp32 one steps its weights in place
+    mixed = s.weight != 4  # a low-precision model gets fp32 copies; an fp32 model is stepped in place
     gradients = total * s.weight
     return Held(
         weights=total * s.weight,
         masters=total * 4 if mixed else 0,
         states=sum(states(t.numel, s, group, [t.numel]) for t, group in tensors),
         gradients=gradients,
-        buckets=min(total, 500_000_000) * s.weight,  # the flattened copy that is all-reduced, engine.py:3073
+        buckets=min(total, 500_000_000) * s.weight,  # flattened copy for the all-reduce, engine.py:3073
         step=gradients + (total * 4 if mixed else 0),
         init=0,
     )
@@ -132,7 +132,7 @@ def _stage_0(groups, s):
 def _stage_1_and_2(groups, s):
     if s.stage == 1 and s.accumulate != s.weight:
         raise UserError(
-            "data_types.grad_accum_dtype: at stage 1 it brings another DeepSpeed optimizer, which is not "
+            "data_types.grad_accum_dtype: at stage 1 it selects another DeepSpeed optimizer, which is not "
             "estimated; remove the key or use stage 2"
         )
     flat = {group: flat_numel(tensors, s) for group, tensors in groups.items()}
@@ -144,12 +144,12 @@ def _stage_1_and_2(groups, s):
         rounds = 1
     else:
         owned = _owned(groups, parts, s) * s.weight  # whole tensors that touch the partition (:2177)
-        rounds = 2 if s.stage == 2 and s.accumulation > 1 else 1  # the sum so far beside the new micro-batch's
-    # stage 1 keeps every gradient until the boundary, stage 2 one on its way into the bucket
+        rounds = 2 if s.stage == 2 and s.accumulation > 1 else 1  # accumulated and new micro-batch gradients
+    # stage 1 keeps every gradient until the boundary, stage 2 only the one being copied into the bucket
     waiting = (total if s.stage == 1 else largest) * s.weight
     bucket = s.reduce_bucket if s.contiguous else 0
     filled = min(s.reduce_bucket, total)
-    # a group's gradients are flattened, then cast to the master's dtype; a single or already flat one needs no copy
+    # a group's gradients are flattened, then cast to the master's dtype; a single or flat one needs no flat copy
     flat_copy = {g: n * s.weight * (len(groups[g]) > 1 and s.accumulate == s.weight) for g, n in parts.items()}
     cast_copy = {g: n * s.master * (s.master != s.accumulate) for g, n in parts.items()}
     flattening = max(numel * s.weight for numel in flat.values())
@@ -159,14 +159,14 @@ def _stage_1_and_2(groups, s):
         masters=sum(parts.values()) * s.master,
         states=sum(states(numel, s, group, pieces(groups[group], numel, s)) for group, numel in parts.items()),
         gradients=owned * rounds + waiting,
-        buckets=(bucket * (2 if s.overlap else 1) + filled) * s.weight,  # filled: the flat copy that is all-reduced
+        buckets=(bucket * (2 if s.overlap else 1) + filled) * s.weight,  # filled: flat copy for the all-reduce
         step=owned + max(flat_copy[g] + cast_copy[g] for g in parts),
         init=max(flattening, zero_gradients),
     )
 
 
 def flat_numel(tensors, s) -> int:
-    """Elements of a group's flat buffer: each tensor, padding between them if asked, the end aligned."""
+    """Elements of a group's flat buffer: the tensors, padding between them if configured, and the aligned end."""
     unit = _unit(s)
     numel = sum(ceil(t.numel / unit) * unit for t in tensors[:-1]) + tensors[-1].numel
     step = (ALIGNMENT if s.ours else DEEPSPEED_ALIGNMENT) * s.world
@@ -174,12 +174,12 @@ def flat_numel(tensors, s) -> int:
 
 
 def _unit(s) -> int:
-    """Elements that a parameter's place in a flat buffer is a multiple of."""
+    """Alignment of a parameter's offset in a flat buffer, in elements."""
     return ALIGNMENT if s.ours else 16 // s.weight if s.parameter_alignment else 1
 
 
 def pieces(tensors, part, s) -> list[int]:
-    """Lengths of the tensors' pieces in the first rank's partition, `part` elements; no rank's are more."""
+    """Lengths of the tensors' pieces in the first rank's partition of `part` elements; no rank has more."""
     found, offset = [], 0
     for tensor in tensors:
         if offset < part:
@@ -189,7 +189,7 @@ def pieces(tensors, part, s) -> list[int]:
 
 
 def _owned(groups, parts, s) -> int:
-    """Elements of the tensors that overlap a rank's partition, for the rank with most of them."""
+    """Elements of the tensors that overlap a rank's partition, for the rank with the most."""
     by_rank = [0] * s.world
     for group, tensors in groups.items():
         offset = 0
@@ -237,21 +237,21 @@ def _stage_3(groups, s):
 
 
 def built(tensors, s) -> int:
-    """Bytes beside the shards while the largest parameter is built under ZeRO-3: whole, drawn in fp32, then cast."""
+    """Bytes in addition to the shards while ZeRO-3 builds the largest parameter: unsharded, in fp32, then cast."""
     return max(t.numel for t in tensors) * (4 + (s.weight if s.weight != 4 else 0))
 
 
 def shard(numel: int, s) -> int:
-    """Elements of a parameter that a rank of ZeRO-3 has, with its padding."""
+    """Elements of a parameter's shard on one rank under ZeRO-3, with padding."""
     unit = ALIGNMENT if s.ours and s.world > 1 else 1
     return ceil(numel / (unit * s.world)) * unit
 
 
 def gathered(tensors, s) -> tuple[int, int]:
-    """(elements that stay gathered under ZeRO-3, those that are for a while).
+    """(elements gathered permanently under ZeRO-3, elements gathered temporarily).
 
-    Every module's start has up to a prefetch bucket more gathered, so that it runs ahead up to max_live; a bucket is
-    copied out of the buffer it came in (partition_parameters.py, AllGatherCoalescedHandle).
+    Every module's start prefetches up to one more bucket, so prefetching runs ahead up to max_live; a bucket is copied
+    out of its communication buffer (partition_parameters.py, AllGatherCoalescedHandle).
     """
     if s.world == 1:  # a gathered parameter is its shard (partition_parameters.py, _no_gather_coalesced)
         return 0, 0
@@ -267,7 +267,7 @@ def gathered(tensors, s) -> tuple[int, int]:
 
 
 def _sub_groups(sizes, limit) -> list[slice]:
-    """Which of a group's tensors are stepped together (stage3.py, _create_fp16_sub_groups)."""
+    """Spans of a group's tensors that are stepped together (stage3.py, _create_fp16_sub_groups)."""
     if limit >= sum(sizes):
         return [slice(len(sizes))]
     spans, first = [], 0

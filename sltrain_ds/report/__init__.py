@@ -1,1 +1,1 @@
-"""Run directories -> PNGs and one HTML page that opens without a network (`build.build`)."""
+"""Report of run directories as PNGs and one self-contained HTML page (`build.build`)."""

@@ -1,4 +1,4 @@
-"""`build`: run directories in, PNGs and one HTML page out."""
+"""`build`: turns run directories into PNGs and one HTML page."""
 
 import statistics
 from pathlib import Path
@@ -11,14 +11,14 @@ from sltrain_ds.report.runs import Run, read
 from sltrain_ds.report.spectra import Analysis, analyse, choose
 from sltrain_ds.report.weights import open_weights
 
-BUDGET = 4.1e8  # of spectra.cost, so that a page takes seconds: two of a quickstart's four blocks
+BUDGET = 4.1e8  # in units of spectra.cost, so that a page takes seconds: two of the quickstart's four blocks
 
 
 def build(run_dirs, out: str | Path, patterns=(), rank: int | None = None) -> Path:
-    """Write `out`/index.html and the PNGs beside it; returns the page.
+    """Write `out`/index.html and the PNGs next to it; returns the path of the page.
 
-    `patterns` choose matrices by parts of their names ("all", "layers.0", "q_proj"; none: a sample that takes seconds);
-    `rank` is the r of the residual where a method has none. Raises `UserError` for what cannot be read.
+    `patterns` select matrices by name components ("all", "layers.0", "q_proj"); without any, a sample that takes
+    seconds. `rank` is the residual's r for methods without a rank. Raises `UserError` for unreadable input.
     """
     runs, out = read(run_dirs), Path(out)
     if out.exists() and not out.is_dir():
@@ -39,7 +39,7 @@ def build(run_dirs, out: str | Path, patterns=(), rank: int | None = None) -> Pa
         sections.append(Section("Memory", _MEMORY, (draw("memory.png", bars),)))
     sections += _weight_sections(analysed, sample, draw)
     for old in set(out.glob("matrix-*.png")) - set(written):
-        old.unlink()  # of an earlier report on other matrices
+        old.unlink()  # left by an earlier report on other matrices
     notes = [f"{run.name}: {note}" if len(runs) > 1 else note for run in runs for note in run.notes]
     title = "Run " + runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
     lead = ", ".join(str(run.dir) for run in runs)
@@ -48,25 +48,25 @@ def build(run_dirs, out: str | Path, patterns=(), rank: int | None = None) -> Pa
 
 
 _MEMORY = """
-Bars marked <em>estimate</em> are counted from the config (<code>sltrain-ds estimate</code>), the dense model under the
-same config below the run's; <em>measured, held</em> are the tensors a rank held at the run's last step, without
-gradients, buckets and activations, which come and go.
+Bars marked <em>estimate</em> are computed from the config (<code>sltrain-ds estimate</code>), first for the run, then
+for the dense model under the same config. <em>measured, held</em>: tensors resident on a rank at the run's last step,
+without gradients, buckets and activations, which are temporary.
 """
 _SPECTRA = """
-Singular values of each trained W with vectors u, v; the dashed and dotted lines are what BA and S give to them,
-u<sub>i</sub><sup>T</sup>(sBA)v<sub>i</sub> and u<sub>i</sub><sup>T</sup>Sv<sub>i</sub>, which add up to the solid one.
-The grey line marks r. Heat maps show magnitudes, averaged over cells where the matrix is larger than the picture.
+Singular values of each trained W with vectors u, v. The dashed and dotted lines are the contributions of BA and S,
+u<sub>i</sub><sup>T</sup>(sBA)v<sub>i</sub> and u<sub>i</sub><sup>T</sup>Sv<sub>i</sub>; they add up to the solid line.
+The grey line marks r. Heat maps show magnitudes, averaged over cells if the matrix is larger than the picture.
 """
 
 
 def _analyse(runs: list[Run], patterns, rank) -> tuple[dict[str, dict[str, Analysis]], str]:
-    """matrix name -> run name -> analysis, and a sentence on which matrices are shown."""
+    """Analyses as {matrix name: {run name: analysis}}, and a sentence on which matrices are shown."""
     opened, analysed, sample = {}, {}, ""
     for run in runs:
         opened[run.name], notes = open_weights(run.dir)
         run.notes += notes
         if opened[run.name] is None:
-            run.notes.append("no checkpoint and no export there, so its weights are not shown")
+            run.notes.append("no checkpoint and no export found, so its weights are not shown")
     opened = {name: weights for name, weights in opened.items() if weights is not None}
     ranks = [r for weights in opened.values() for r in weights.ranks.values() if r]
     shapes = {}
@@ -74,7 +74,7 @@ def _analyse(runs: list[Run], patterns, rank) -> tuple[dict[str, dict[str, Analy
         shapes |= weights.shapes
     chosen = choose(shapes, patterns, BUDGET / max(1, len(opened)))
     if patterns and opened and not chosen:
-        raise UserError(f"--layers {' '.join(patterns)}: names no matrix; names are like {next(iter(shapes))}")
+        raise UserError(f"--layers {' '.join(patterns)}: matches no matrix; names are like {next(iter(shapes))}")
     if opened:
         sample = f"{len(chosen)} of {len(shapes)} matrices"
         if len(chosen) < len(shapes):

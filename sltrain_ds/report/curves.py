@@ -1,4 +1,4 @@
-"""Loss, learning rate and gradient norm over the run; several runs in one plot."""
+"""Plots of loss, learning rate and gradient norm over the run; several runs share one plot."""
 
 import math
 
@@ -9,7 +9,7 @@ from sltrain_ds.report.runs import Run
 
 
 def loss(runs: list[Run]):
-    """Training loss (thin: every step, thick: smoothed), validation loss (dots), n-gram baselines (grey lines)."""
+    """Plot training loss (thin: every step, thick: smoothed), validation loss (dots), n-gram baselines (grey)."""
     fig = style.figure(8.4, 4.4)
     ax = style.axes(fig.add_subplot(), "Loss", "optimizer step", "cross-entropy, nats a token")
     lows, highs = [], []
@@ -37,7 +37,7 @@ def loss(runs: list[Run]):
         lows.append(level)
     lows, highs = [v for v in lows if np.isfinite(v)], [v for v in highs if np.isfinite(v)]
     if lows and highs:
-        # a spike must not flatten the rest
+        # the axis ignores later spikes, which would flatten the rest
         span = max(max(highs) - min(lows), 1e-3)
         ax.set_ylim(min(lows) - 0.05 * span, max(highs) + 0.08 * span)
     style.legend(ax, loc="upper right")
@@ -45,7 +45,7 @@ def loss(runs: list[Run]):
 
 
 def schedule(runs: list[Run]):
-    """Learning rate and gradient norm."""
+    """Plot learning rate and gradient norm."""
     fig = style.figure(8.4, 3.2)
     left, right = fig.subplots(1, 2)
     style.axes(left, "Learning rate", "optimizer step")
@@ -72,7 +72,7 @@ def schedule(runs: list[Run]):
 
 
 def smoothed(values) -> np.ndarray:
-    """Centred moving average over a fortieth of the run, shorter at its ends; what is not finite is left out of it."""
+    """Centred moving average over 1/40 of the run, shorter at its ends; non-finite values are excluded."""
     values = np.asarray(values, dtype=float)
     half = max(1, len(values) // 80)
     finite = np.isfinite(values)

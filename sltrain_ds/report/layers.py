@@ -5,7 +5,7 @@ import numpy as np
 from sltrain_ds.report import style
 from sltrain_ds.report.spectra import Analysis
 
-# field of Analysis, label, line style, and colour where there is one run only
+# field of Analysis, label, line style, and colour if there is only one run
 _PARTS = (
     ("singular", "W", "-", style.INK),
     ("low_rank", "from BA", "--", style.COLOURS[0]),
@@ -14,10 +14,10 @@ _PARTS = (
 
 
 def matrix(found: dict[str, Analysis]):
-    """One matrix in every run (`found`: run name -> analysis): spectrum, its tail, the residual; heat maps below."""
+    """Plot one matrix of every run (`found`: run name -> analysis): spectrum, tail and residual; heat maps below."""
     height = 3.4 + 2.8 * len(found)
     fig = style.figure(10.4, height, layout=None)
-    # inches: 0.3 and 0.5 for titles and labels of the upper row, 2.8 a row of heat maps
+    # inches: 0.3 and 0.5 for titles and labels of the upper row, 2.8 per row of heat maps
     upper = fig.add_gridspec(1, 3, left=0.06, right=0.985, wspace=0.28, top=1 - 0.3 / height, bottom=1 - 2.9 / height)
     lower = fig.add_gridspec(len(found), 2, left=0.06, right=0.985, wspace=0.14, hspace=0.32, top=1 - 3.7 / height,
                              bottom=0.5 / height)  # fmt: skip
@@ -56,17 +56,17 @@ def _spectrum(ax, a, run, index, several, start):
 
 
 def cumulative(ax, a: Analysis, label, index):
-    """The cumulative density of |W - W_r|, with the magnitude that 97% stay below."""
+    """Plot the cumulative density of |W - W_r| and mark its 97% quantile."""
     at = a.quantile(0.97)
     ax.plot(a.magnitudes, a.cumulative, style.dashes(index), color=style.colour(index), linewidth=1.6,
             label=f"{label}: 97% below {at:.3g}" if label else f"97% below {at:.3g}")  # fmt: skip
     ax.plot([at], [0.97], "o", color=style.colour(index), markersize=4.5, markeredgecolor="white")
-    # the largest few entries would squeeze the rest against the axis
+    # the few largest entries would compress the rest against the axis
     ax.set_xlim(0, max(ax.get_xlim()[1] * (index > 0), 1.15 * a.quantile(0.9995)))
 
 
 def heat(ax, values, a: Analysis, title):
-    """A heat map of magnitudes, its colours cut at the 99.5th percentile."""
+    """Plot a heat map of magnitudes, its colours clipped at the 99.5th percentile."""
     top = float(np.quantile(values, 0.995)) or 1.0
     rows, columns = a.shape
     style.axes(ax, title, "in", "out").grid(False)
@@ -77,7 +77,7 @@ def heat(ax, values, a: Analysis, title):
 
 
 def overview(found: dict[str, list[Analysis]]):
-    """All shown matrices of every run at once: the residual's magnitudes pooled, and where the tail comes from."""
+    """Plot all shown matrices of every run: pooled magnitudes of the residual, and the share of S in each tail."""
     fig = style.figure(8.4, 3.4)
     left, right = fig.subplots(1, 2)
     style.axes(left, "Residual W - best rank r, matrices pooled", "magnitude", "share of entries below")
@@ -98,7 +98,7 @@ def overview(found: dict[str, list[Analysis]]):
 
 
 def pooled(analyses: list[Analysis]) -> Analysis:
-    """One cumulative density over all entries of several matrices (the other fields are the first one's)."""
+    """One cumulative density over all entries of several matrices; the other fields are the first matrix's."""
     magnitudes = np.unique(np.concatenate([a.magnitudes for a in analyses]))
     weights = np.array([a.shape[0] * a.shape[1] for a in analyses], dtype=float)
     shares = np.array([np.interp(magnitudes, a.magnitudes, a.cumulative, left=0, right=1) for a in analyses])

@@ -1,17 +1,17 @@
-"""Memory by category: the estimate of a run beside the dense model's, and what the run measured."""
+"""Memory by category: a run's estimate, the dense model's estimate, and the run's measurement."""
 
 from sltrain_ds.errors import UserError
 from sltrain_ds.memory.estimate import CATEGORIES, Estimate, estimate
 from sltrain_ds.report import style
 from sltrain_ds.report.runs import Run
 
-# states and masters in the strong colours: they are what the methods differ in
+# strong colours for states and masters, in which the methods differ
 _SHADES = ("#0072B2", "#56B4E9", "#D55E00", "#E69F00", "#009E73", "#8CD1B8", "#BBBBBB", "#CC79A7")
 _COLOURS = dict(zip(CATEGORIES, _SHADES, strict=True))
 
 
 def estimates(runs: list[Run]) -> dict[str, Estimate]:
-    """Run name -> its estimate; a run whose config cannot be estimated gets a note instead."""
+    """Estimates by run name; a run whose config cannot be estimated gets a note instead."""
     from sltrain_ds.config import from_dict
 
     found = {}
@@ -24,7 +24,7 @@ def estimates(runs: list[Run]) -> dict[str, Estimate]:
 
 
 def measured(run: Run) -> dict[str, int]:
-    """The memory of the last step that tells it: bytes by category, and the `peak`."""
+    """Memory of the last step that recorded it: bytes by category, and the `peak`."""
     for line in reversed(run.steps):
         if isinstance(line.get("memory"), dict):
             return {key: int(value) for key, value in line["memory"].items() if isinstance(value, int | float)}
@@ -32,7 +32,7 @@ def measured(run: Run) -> dict[str, int]:
 
 
 def bars(runs: list[Run], found: dict[str, Estimate]):
-    """Stacked bars, one GPU's bytes; None where there is nothing to show."""
+    """Plot one GPU's bytes as stacked bars; None if there is nothing to show."""
     rows = []
     for run in runs:
         if run.name in found:

@@ -1,4 +1,4 @@
-"""The HTML page: one file, images inside, nothing fetched, no script."""
+"""HTML page in one file: images embedded, no external resources, no scripts."""
 
 import base64
 import math
@@ -28,7 +28,7 @@ code { font-size: .9em; }
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, text of trusted HTML, and images; `folds`: titled groups of images that open one by one."""
+    """A heading, text (trusted HTML) and images; `folds` are collapsible, titled groups of images."""
 
     title: str
     text: str = ""
@@ -37,7 +37,7 @@ class Section:
 
 
 def page(title: str, lead: str, table: tuple[list[str], list[list[str]]], sections: list[Section], notes) -> str:
-    """The whole document. `lead` and `table` are plain text, escaped here."""
+    """The complete document. `lead` and `table` are plain text and are escaped here."""
     head, rows = table
     cells = "".join(f"<th>{escape(cell)}</th>" for cell in head)
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
@@ -69,5 +69,5 @@ def _image(alt: str, path: Path) -> str:
 
 
 def number(value, form: str = ",.2f") -> str:
-    """A cell: formatted, or a dash where there is nothing."""
+    """A table cell: the formatted value, or a dash if it is missing or not finite."""
     return "–" if value is None or (isinstance(value, float) and not math.isfinite(value)) else format(value, form)

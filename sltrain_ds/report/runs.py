@@ -1,4 +1,4 @@
-"""A run directory, read: its config, its metrics line by line, its baselines."""
+"""Reader of run directories: config, metrics and baselines."""
 
 import json
 import math
@@ -12,7 +12,8 @@ from sltrain_ds.errors import UserError
 
 @dataclass
 class Run:
-    """`steps` and `evals` are metrics.jsonl's lines by kind, one a step, in order; `notes` is for the reader."""
+    """One run. `steps` and `evals` are the lines of metrics.jsonl by kind, one per step, in order; `notes` are shown
+    on the page."""
 
     name: str
     dir: Path
@@ -32,7 +33,7 @@ class Run:
 
     @cached_property
     def world_size(self) -> int:
-        """Ranks of the newest checkpoint's run; 1 where there is none."""
+        """World size stored in the newest checkpoint; 1 without one."""
         found = complete_checkpoints(self.dir / "checkpoints")
         try:
             return int(json.loads((found[-1] / STATE_FILE).read_text(encoding="utf-8"))["world_size"])
@@ -40,13 +41,13 @@ class Run:
             return 1
 
     def column(self, key: str, lines: str = "steps") -> tuple[list, list]:
-        """(steps, values) of the lines that hold a number under `key`; what is not finite becomes NaN, a gap."""
+        """(steps, values) of the lines with a number under `key`; non-finite values become NaN, a gap in the plot."""
         found = [(line["step"], line[key]) for line in getattr(self, lines) if _number(line.get(key))]
         return [s for s, _ in found], [v if math.isfinite(v) else math.nan for _, v in found]
 
 
 def read(directories) -> list[Run]:
-    """The runs of these directories, with names that tell them apart. `UserError` for what cannot be shown."""
+    """Read the runs of these directories and give them distinct names. `UserError` if one cannot be shown."""
     paths = [Path(directory) for directory in directories]
     seen = set()
     for path in paths:
@@ -71,9 +72,9 @@ def _read(path: Path, name: str) -> Run:
     lines = _metrics(path / "metrics.jsonl", notes)
     run = Run(name, path, config, _by_step(lines, "loss"), _by_step(lines, "eval_loss"), notes=notes)
     if not run.steps and not run.evals:
-        raise UserError(f"{path / 'metrics.jsonl'}: holds no step and no evaluation yet; let the run take a step")
+        raise UserError(f"{path / 'metrics.jsonl'}: has no step and no evaluation yet; wait for the run's first step")
     if (path / "baselines.json").is_file():
-        found = _object(path / "baselines.json", "delete it, it is made anew")
+        found = _object(path / "baselines.json", "delete it, it is computed again")
         run.baselines = {key: float(found[key]) for key in ("unigram", "bigram") if _number(found.get(key))}
     return run
 
@@ -106,7 +107,7 @@ def _metrics(file: Path, notes: list[str]) -> list[dict]:
                 raise ValueError('no object with a whole number under "step"')
         except (ValueError, KeyError) as error:
             if number == len(rows) and not text.endswith("\n"):
-                notes.append(f"the last line of {file} is cut short (a killed run); it is left out")
+                notes.append(f"the last line of {file} is incomplete (a killed run) and is ignored")
                 continue
             problem = 'no "step"' if isinstance(error, KeyError) else str(error)
             raise UserError(f"{file}, line {number}: damaged ({problem}); remove the line") from None
@@ -115,7 +116,7 @@ def _metrics(file: Path, notes: list[str]) -> list[dict]:
 
 
 def _by_step(lines, key) -> list[dict]:
-    """Lines with `key`, one a step (of repeated steps the last written), in the order of steps."""
+    """Lines with `key`, one per step, sorted by step; for a repeated step the last one written."""
     kept = {line["step"]: line for line in lines if key in line}
     return [kept[step] for step in sorted(kept)]
 

@@ -1,4 +1,4 @@
-"""What the paper looks at in a trained W: singular values by part, and what the best rank-r approximation leaves."""
+"""The paper's analysis of a trained W: singular values by part, and the residual of the best rank-r approximation."""
 
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -7,16 +7,16 @@ import numpy as np
 
 from sltrain_ds.report.weights import Layer
 
-_POINTS = 400  # of a cumulative density
-_PIXELS = 128  # of a heat map's side, at most
+_POINTS = 400  # per cumulative density
+_PIXELS = 128  # maximum per side of a heat map
 
 
 @dataclass(frozen=True)
 class Analysis:
-    """Of one W (out, in), m = min(out, in).
+    """Analysis of one W (out, in); m = min(out, in).
 
     singular (m,)        singular values, u_i' W v_i
-    low_rank (m,)        u_i' (s B A) v_i, and `sparse` (m,) u_i' S v_i: with u, v of W they add up to `singular`
+    low_rank (m,)        u_i' (s B A) v_i, and `sparse` (m,) u_i' S v_i; with W's u and v they add up to `singular`
     rank                 r of the approximation W_r; `residual` = W - W_r
     weight_map, residual_map    |W| and |W - W_r|, averaged over cells of `cell` entries
     magnitudes, cumulative      points of the cumulative density of |W - W_r|
@@ -35,18 +35,18 @@ class Analysis:
     cumulative: np.ndarray
 
     def quantile(self, share: float) -> float:
-        """The magnitude that `share` of the residual's entries stay below."""
+        """Magnitude below which `share` of the residual's entries lie."""
         return float(np.interp(share, self.cumulative, self.magnitudes))
 
     @property
     def tail_from_sparse(self) -> float | None:
-        """Share of S in the sum of the singular values beyond r."""
+        """Share of S in the sum of the singular values after the first r."""
         tail = self.singular[self.rank :].sum()
         return None if self.sparse is None or tail == 0 else float(self.sparse[self.rank :].sum() / tail)
 
 
 def analyse(layer: Layer, rank: int | None = None) -> Analysis:
-    """`rank` None: a quarter of min(out, in), the paper's choice at 60M."""
+    """Analyse one W. The default `rank` is min(out, in) / 4, the paper's choice at 60M."""
     W = layer.W
     rank = max(1, min(W.shape) // 4) if rank is None else min(rank, min(W.shape))
     U, singular, Vt = np.linalg.svd(W, full_matrices=False)
@@ -64,7 +64,7 @@ def analyse(layer: Layer, rank: int | None = None) -> Analysis:
 
 
 def coarse(matrix: np.ndarray, cell: tuple[int, int]) -> np.ndarray:
-    """Means over cells of (rows, columns) entries, smaller ones at the right and bottom edges."""
+    """Means over cells of (rows, columns) entries; cells at the right and bottom edges may be smaller."""
     rows, columns = np.arange(0, matrix.shape[0], cell[0]), np.arange(0, matrix.shape[1], cell[1])
     sums = np.add.reduceat(np.add.reduceat(matrix, rows, axis=0), columns, axis=1)
     counts = np.outer(np.diff([*rows, matrix.shape[0]]), np.diff([*columns, matrix.shape[1]]))
@@ -72,15 +72,15 @@ def coarse(matrix: np.ndarray, cell: tuple[int, int]) -> np.ndarray:
 
 
 def cost(shape: tuple[int, int]) -> int:
-    """Size of a singular value decomposition, up to a constant."""
+    """Cost of a singular value decomposition, up to a constant."""
     return min(shape) ** 2 * max(shape)
 
 
 def choose(shapes: dict[str, tuple[int, int]], patterns, budget: float) -> list[str]:
     """Names to analyse, in the model's order.
 
-    With patterns: those that one of them names (whole components, "layers.0", "q_proj"; "all"). Without: as many as
-    cost at most `budget`, spread over the depth, and two at least.
+    With patterns: the names that match one of them (whole components such as "layers.0", "q_proj"; or "all").
+    Without: as many as `budget` allows, spread over the depth, and at least two.
     """
     if patterns:
         return [n for n in shapes if any(p == "all" or f".{p}." in f".{n}." for p in patterns)]
@@ -94,7 +94,7 @@ def choose(shapes: dict[str, tuple[int, int]], patterns, budget: float) -> list[
 
 
 def _spread(names):
-    """Block by block, the middle one first, then the first, the last and what lies between."""
+    """Names block by block: the middle block, the first, the last, the quarters, then the rest."""
     blocks = {}
     for name in names:
         blocks.setdefault(next((part for part in name.split(".") if part.isdigit()), ""), []).append(name)
@@ -105,5 +105,5 @@ def _spread(names):
         parts = {}
         for name in blocks[index]:
             parts.setdefault(name.rpartition(".")[0], []).append(name)
-        # attention and MLP in turn, so that two are one of each
+        # alternates attention and MLP, so that two names are one of each
         yield from (name for row in zip_longest(*parts.values()) for name in row if name)

@@ -1,4 +1,4 @@
-"""One look for every plot: Matplotlib's Agg canvas, colours that stay apart for colour-blind readers."""
+"""Common style of all plots: Matplotlib's Agg canvas and a palette safe for colour-blind readers."""
 
 import os
 from pathlib import Path
@@ -7,11 +7,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-# Okabe and Ito's palette, black and yellow left out: each is told apart under the common colour blindnesses
+# Okabe and Ito's palette without black and yellow: distinguishable under the common colour blindnesses
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 DASHES = ("-", "--", "-.", ":")
 INK, FAINT, GRID = "#222222", "#777777", "#DDDDDD"
-HEAT = "magma"  # even in lightness, so it reads in grey too
+HEAT = "magma"  # perceptually uniform, readable in grey too
 _DPI = 110
 
 
@@ -20,19 +20,19 @@ def colour(index: int) -> str:
 
 
 def dashes(index: int) -> str:
-    """Another line style for each round through the colours."""
+    """Line style; changes each time the colours repeat."""
     return DASHES[index // len(COLOURS) % len(DASHES)]
 
 
 def figure(width: float, height: float, layout: str | None = "constrained") -> Figure:
-    """An empty figure, size in inches; "constrained" finds room for every label, None is twice as fast."""
+    """An empty figure, size in inches; layout "constrained" fits every label, None is twice as fast."""
     fig = Figure(figsize=(width, height), dpi=_DPI, layout=layout, facecolor="white")
     FigureCanvasAgg(fig)
     return fig
 
 
 def axes(ax, title="", x="", y=""):
-    """Title on the left, labels, a faint grid, no box."""
+    """Style axes: title on the left, labels, faint grid, no box."""
     ax.set_title(title, loc="left", fontsize=10, fontweight="bold", color=INK)
     ax.set_xlabel(x, fontsize=9, color=INK)
     ax.set_ylabel(y, fontsize=9, color=INK)
@@ -48,7 +48,7 @@ def axes(ax, title="", x="", y=""):
 
 
 def plain_log(ax):
-    """A logarithmic y axis whose labels are plain numbers: 0.3, not 3 x 10^-1."""
+    """Make the y axis logarithmic with plain numbers as labels: 0.3, not 3 x 10^-1."""
     ax.set_yscale("log")
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     ax.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "235" else ""))
@@ -56,13 +56,13 @@ def plain_log(ax):
 
 
 def legend(ax, **keys):
-    """A legend without a frame; nothing where there is nothing to name."""
+    """Add a frameless legend, if any line has a label."""
     if ax.get_legend_handles_labels()[0]:
         ax.legend(fontsize=8, frameon=False, **keys)
 
 
 def save(fig: Figure, path: Path) -> Path:
-    """Write the figure as PNG: whole or not at all."""
+    """Write the figure as PNG, atomically."""
     partial = path.with_name(f".{path.name}.partial")
     fig.savefig(partial, format="png")
     os.replace(partial, path)

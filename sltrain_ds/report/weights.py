@@ -1,7 +1,7 @@
-"""Trained weights of a run, matrix by matrix: W, and where its layers tell them apart, the low-rank part and S.
+"""Trained weights of a run, one matrix at a time: W, and for layers that have them, the low-rank part and S.
 
-From the newest complete checkpoint of a run directory, else from its export/; also from a model directory itself,
-converted (see models/converted.py) or plain Hugging Face. Nothing is resident but the matrix asked for.
+They are read from a run's newest complete checkpoint, else from its export/, or from a model directory, converted (see
+models/converted.py) or plain Hugging Face. Only the requested matrix is resident.
 """
 
 import copy
@@ -17,7 +17,7 @@ from sltrain_ds.errors import UserError
 
 
 class Layer(NamedTuple):
-    """A weight matrix (out, in) as float32, W = low_rank + sparse; None: the layer has no such part."""
+    """A weight matrix (out, in) as float32, W = low_rank + sparse; None if the layer has no such part."""
 
     name: str
     W: np.ndarray
@@ -36,7 +36,7 @@ class Weights:
 
 
 def layers(run_dir: str | Path) -> Iterator[Layer]:
-    """Every weight matrix of the trained model but embedding and head. Raises `UserError` where there are none."""
+    """Yield every weight matrix of the trained model except embedding and head. `UserError` if there are none."""
     weights, _ = open_weights(run_dir)
     if weights is None:
         raise UserError(f"{run_dir}: holds neither a checkpoint nor an export; give the directory of a saved run")
@@ -45,7 +45,7 @@ def layers(run_dir: str | Path) -> Iterator[Layer]:
 
 
 def open_weights(run_dir: str | Path) -> tuple[Weights | None, list[str]]:
-    """The weights of a run (None where it has saved none) and notes on what could not be read on the way."""
+    """Open the weights of a run (None if it saved none); also returns notes on unreadable ones."""
     run_dir, notes = Path(run_dir), []
     for folder, reader in (
         (run_dir / "checkpoints", _checkpoint),
@@ -62,7 +62,7 @@ def open_weights(run_dir: str | Path) -> tuple[Weights | None, list[str]]:
 
 
 def _configured_checkpoints(run_dir: Path) -> Path | None:
-    """Where the run's config put its checkpoints, if not in the run directory."""
+    """Checkpoint directory from the run's config, if outside the run directory."""
     try:
         folder = Path(json.loads((run_dir / "config.json").read_text(encoding="utf-8"))["sltrain"]["checkpoint"]["dir"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -106,7 +106,7 @@ def _directory(folder: Path) -> Weights:
             with safe_open(file, framework="pt") as tensors:
                 where |= dict.fromkeys(tensors.keys(), file)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{file}: damaged ({error}); export it anew") from None
+        raise UserError(f"{file}: damaged ({error}); export it again") from None
     if is_converted(folder):
         model = skeleton(folder)
     else:
@@ -123,7 +123,7 @@ def _directory(folder: Path) -> Weights:
 
 
 def _weights(source, model, tensor, buffers) -> Weights:
-    """`tensor(name)` reads one; `buffers`: names of stored ones, among which stored supports may be."""
+    """Build `Weights`. `tensor(name)` reads a tensor; `buffers`: names of stored buffers, incl. stored supports."""
     from torch import nn
 
     from sltrain_ds.methods.base import MethodLinear

@@ -79,7 +79,7 @@ def refused(result, *parts):
 
 @pytest.mark.parametrize("device", ["foo", "meta", "cuda:99"])
 def test_a_device_that_cannot_be_used(model, run, device):
-    refused(run(model, "--device", device), f"--device {device}: cannot be used", "cpu always can")
+    refused(run(model, "--device", device), f"--device {device}: cannot be used", "cpu always works")
 
 
 def test_a_sequence_longer_than_the_model(model, run):
@@ -89,7 +89,7 @@ def test_a_sequence_longer_than_the_model(model, run):
 
 def test_a_run_directory_is_told_from_a_model(model, run):
     (model / "checkpoints").mkdir()
-    refused(run(model), f"{model}: is a run, not a model; `sltrain-ds export {model} OUT_DIR` makes one")
+    refused(run(model), f"{model}: is a run, not a model; give the output of `sltrain-ds export {model} OUT_DIR`")
 
 
 def test_a_truncated_file(model, run):

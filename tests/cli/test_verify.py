@@ -48,11 +48,11 @@ def test_all_pass(verified):
 
 def test_without_its_data_it_fails_in_a_line(verified):
     def node(folder, ranks):
-        raise verify.Failed("python ended with 1: no space left")
+        raise verify.Failed("python exited with code 1: no space left")
 
     code, lines = verified({"first": wrong}, node)
     assert code == 1 and lines[1:] == [
-        f"FAIL  {'tokenizer and data of the shipped corpus':<44} python ended with 1: no space left"
+        f"FAIL  {'tokenizer and data of the shipped corpus':<44} python exited with code 1: no space left"
     ]
 
 

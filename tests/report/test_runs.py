@@ -22,7 +22,7 @@ def test_a_cut_last_line_is_told_once(make_run):
         file.write('{"step": 61, "loss": 2.0')
     run = read([folder])[0]
     assert len(run.steps) == 60
-    assert len(run.notes) == 1 and "cut short" in run.notes[0]
+    assert len(run.notes) == 1 and "is incomplete" in run.notes[0]
 
 
 def test_a_resumed_run_counts_each_step_once(make_run):
