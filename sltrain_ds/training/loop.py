@@ -50,7 +50,7 @@ class Training:
 
     `source` is a `BatchSource`; `validation()` yields evaluation batches anew; `meter` watches the engine. A step is
     the run's global batch: `run.accumulation` micro-batches on each rank. The loss of a step is the mean over all its
-    predicted tokens. `own` are the user's callbacks, which come after the built-in ones.
+    predicted tokens. `own` are the user's callbacks.
     """
 
     def __init__(self, engine, run, source, validation, meter: Meter, step=0, tokens=0, own=()):
@@ -64,9 +64,9 @@ class Training:
             Metrics(run.run_dir, engine, self.rank, step if step else None),
             self.progress,
             NonFiniteStop(),
+            *self.own,  # before the checkpoint of their step, which keeps their states
             Every(block.eval.every, block.steps, Training.evaluate),
             Every(block.checkpoint.every, block.steps, Training.save),
-            *self.own,
         ]
 
     def train(self) -> None:
