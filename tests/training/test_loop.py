@@ -113,7 +113,7 @@ def test_a_callback_has_its_state_in_the_checkpoint(training):
     run = training(2, [log])
     run.train()
     (step, _tokens, states), *_ = run.saved
-    assert step == 2 and states == {key: {"seen": 4}}  # evaluated, two steps, saving
+    assert step == 2 and states == {key: {"seen": 5}}  # evaluated twice, two steps, saving
     other = Log()
     resume_callbacks([other], {"callbacks": states})
     assert other.state_dict() == states[key]
