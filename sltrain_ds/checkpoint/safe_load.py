@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
-from unittest import mock
 
 import torch
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
@@ -15,6 +14,7 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
 from sltrain_ds.errors import UserError
+from sltrain_ds.zero.swapped import swapped
 
 # Everything beyond tensors and plain containers that DeepSpeed 0.19.8 writes: an int enum, two classes of numbers.
 ALLOWED = (LossScaler, ZeroStageEnum, fragment_address)
@@ -68,5 +68,5 @@ def safe_checkpoint_engine(engine) -> Iterator[None]:
     def load_safely(path, map_location=None, mmap=False, **_):
         return load(path, map_location, mmap)
 
-    with mock.patch.object(torch, "load", load_safely):
+    with swapped(torch, "load", load_safely):
         yield

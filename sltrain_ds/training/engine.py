@@ -6,7 +6,6 @@ from sltrain_ds.models import build as models
 from sltrain_ds.models.causal_attention import use_causal_attention
 from sltrain_ds.models.chunked_loss import use_chunked_loss
 from sltrain_ds.training.meter import Meter
-from sltrain_ds.zero.agree_on_modes import agree_on_modes
 from sltrain_ds.zero.initialize import initialize, partitioner
 
 
@@ -24,8 +23,7 @@ def make_engine(run, device):
     if run.sltrain.loss == "chunked":
         use_chunked_loss(model)
     meter.watch(model)
-    run = agree_on_modes(model, run, device)
     engine, *_ = initialize(model=model, config=run)
     meter.begin(engine)
     give_back_holes()
-    return engine, meter, run
+    return engine, meter, engine.sltrain_run

@@ -2,7 +2,6 @@
 
 from contextlib import contextmanager
 from functools import partial
-from unittest import mock
 
 import deepspeed.runtime.superoffload.superoffload_stage3  # noqa: F401  subclasses stage 3's class when imported
 from deepspeed.runtime import engine
@@ -11,6 +10,7 @@ from deepspeed.runtime.zero import stage3
 from sltrain_ds.zero.aligned import Aligned, AlignedStage3, AlignedZeroOptimizer, AlignedZeroOptimizerStage3
 from sltrain_ds.zero.per_layer.stage2 import PerLayerZero2
 from sltrain_ds.zero.per_layer.stage3 import PerLayerZero3
+from sltrain_ds.zero.swapped import swapped
 
 
 class AlignedPerLayerZero2(Aligned, PerLayerZero2):
@@ -37,7 +37,7 @@ def zero_classes(aligned: bool, clipping: str | None):
     else:
         kinds = engine.DeepSpeedZeroOptimizer, stage3.DeepSpeedZeroOptimizer_Stage3
     with (
-        mock.patch.object(engine, "DeepSpeedZeroOptimizer", kinds[0]),
-        mock.patch.object(stage3, "DeepSpeedZeroOptimizer_Stage3", kinds[1]),
+        swapped(engine, "DeepSpeedZeroOptimizer", kinds[0]),
+        swapped(stage3, "DeepSpeedZeroOptimizer_Stage3", kinds[1]),
     ):
         yield

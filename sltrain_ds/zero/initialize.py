@@ -14,6 +14,7 @@ from sltrain_ds.optim.blockwise_adam import BlockwiseAdam
 from sltrain_ds.optim.build import build_optimizer
 from sltrain_ds.zero.agree_on_modes import agree_on_modes
 from sltrain_ds.zero.aligned import AlignedInit, partition_aligned
+from sltrain_ds.zero.deepspeed_names import check_names
 from sltrain_ds.zero.engine_swap import zero_classes
 from sltrain_ds.zero.per_layer.units import split_by_unit
 from sltrain_ds.zero.per_layer.update import UnitUpdate
@@ -28,13 +29,15 @@ def initialize(
 
     `config` is a JSON path, a dict or a `RunConfig`. With a "sltrain" block the optimizer is built from the file
     (unless one is given) with a group for each role, and the keys we own are set and printed once; without one
-    DeepSpeed sees everything as it is. Models without SLTrain layers pass too. Raises `UserError` for what config or
-    ranks get wrong.
+    DeepSpeed sees everything as it is. Models without SLTrain layers pass too. `engine.sltrain_run` is the `RunConfig`
+    with `op_mode` settled for every shape, None without the block. Raises `UserError` for what config or ranks get
+    wrong.
     """
+    check_names()
     start()
     run = _run_config(config or config_params or getattr(args, "deepspeed_config", None))
     if run is not None:
-        agree_on_modes(model, run, get_accelerator().current_device_name())
+        run = agree_on_modes(model, run, get_accelerator().current_device_name())
         optimizer = optimizer or build_optimizer(model, run)
         if run.sltrain.per_layer_update:
             if not isinstance(optimizer, torch.optim.Optimizer):
@@ -57,6 +60,7 @@ def initialize(
     if isinstance(result[1], UnitUpdate) and deepspeed.comm.get_rank() == 0:
         print(result[1].describe())
     check_supports_agree(model, result[0].device)
+    result[0].sltrain_run = run
     return result
 
 

@@ -18,7 +18,7 @@ class PerLayerZero2(UnitUpdate, DeepSpeedZeroOptimizer):
     """`DeepSpeedZeroOptimizer` with the per-layer update; `clipping` as `UnitClipping` knows it."""
 
     def __init__(self, *args, clipping: str = "global", **kwargs):
-        with _NoMasterCopies():
+        with _NoMasterCopies(self):
             super().__init__(*args, **kwargs)
         self.groups, self.partitions = self.bit16_groups, self.single_partition_of_fp32_groups
         rank = dist.get_rank(group=self.dp_process_group)
@@ -89,8 +89,19 @@ class PerLayerZero2(UnitUpdate, DeepSpeedZeroOptimizer):
 class _NoMasterCopies(TorchFunctionMode):
     """While the optimizer is constructed, `partition.detach().clone().to(dtype)` makes no copy before the cast.
 
-    The one clone there is of the masters: those of the weights' own dtype become the partitions themselves.
+    So masters of the weights' own dtype become the partitions themselves. Other tensors are cloned as ever.
     """
 
+    def __init__(self, optimizer):
+        super().__init__()
+        self.optimizer = optimizer
+
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        return args[0] if func is Tensor.clone else func(*args, **(kwargs or {}))
+        if func is Tensor.clone and self._is_partition(args[0]):
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+    def _is_partition(self, tensor) -> bool:
+        """Whether a tensor is a slice of the flat weights (bit16_groups_flat)."""
+        flat = self.optimizer.__dict__.get("bit16_groups_flat", ())
+        return any(tensor.untyped_storage().data_ptr() == one.untyped_storage().data_ptr() for one in flat)

@@ -5,8 +5,6 @@ here. Its masters alias bf16 partitions only under autocast, since it compares a
 wherever the dtypes agree. Follows runtime/zero/stage3.py of DeepSpeed 0.19.8.
 """
 
-from unittest import mock
-
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero import stage3
@@ -14,6 +12,7 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor
 
 from sltrain_ds.zero.per_layer.update import LAST_SUMS, UnitUpdate
+from sltrain_ds.zero.swapped import swapped
 
 
 class PerLayerZero3(UnitUpdate, DeepSpeedZeroOptimizer_Stage3):
@@ -68,7 +67,7 @@ class PerLayerZero3(UnitUpdate, DeepSpeedZeroOptimizer_Stage3):
         self.grad_partitions_flat_buffer = None
 
     def _create_fp16_partitions_with_defragmentation(self, fp16_param_groups):
-        with mock.patch.object(stage3, "defragment", lambda partitions: None):  # done group by group, below
+        with swapped(stage3, "defragment", lambda partitions: None):  # done group by group, below
             super()._create_fp16_partitions_with_defragmentation(fp16_param_groups)
 
     def _set_fp16_partitioned_groups_flat(self):
