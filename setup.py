@@ -62,7 +62,8 @@ setup(
         "ninja",
     ],
     extras_require={
-        "dev": ["pytest>=8", "pytest-timeout", "ruff", "jsonschema>=4.20"],
+        # the formatters' versions are fixed: another one would lay out the same code otherwise
+        "dev": ["pytest>=8", "pytest-timeout", "ruff==0.17.6", "clang-format==23.1.5", "jsonschema>=4.20"],
         "gpu": ["liger-kernel>=0.8.5"],
         "tensorboard": ["tensorboard"],
     },

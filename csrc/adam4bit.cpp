@@ -4,7 +4,6 @@
 #include "adam_block.h"
 
 #include <ATen/Parallel.h>
-#include <torch/library.h>
 
 namespace sltrain {
 namespace {
@@ -157,7 +156,8 @@ void check(const at::Tensor& p, const at::Tensor& g, const at::Tensor& m4, const
     TORCH_CHECK(t->scalar_type() == at::kByte && t->numel() == bytes, "adam4bit: states must be uint8 (", bytes, ",)");
   }
   for (const auto* t : {&absmax_m, &absmax_v}) {
-    TORCH_CHECK(t->scalar_type() == at::kFloat && t->numel() == blocks, "adam4bit: absmax must be float32 (", blocks, ",)");
+    TORCH_CHECK(t->scalar_type() == at::kFloat && t->numel() == blocks, "adam4bit: absmax must be float32 (", blocks,
+                ",)");
   }
   TORCH_CHECK(tables.scalar_type() == at::kFloat && tables.numel() == 2 * (kCodes + kBounds),
               "adam4bit: tables must be float32 (", 2 * (kCodes + kBounds), ",)");
@@ -165,9 +165,11 @@ void check(const at::Tensor& p, const at::Tensor& g, const at::Tensor& m4, const
     TORCH_CHECK(t->is_contiguous() && t->device() == p.device(), "adam4bit: tensors must be contiguous, on one device");
   }
   TORCH_CHECK(step >= 1, "adam4bit: steps count from 1, got ", step);
-  TORCH_CHECK(offset >= 0 && offset % kStateBlock == 0, "adam4bit: offset must be a multiple of ", kStateBlock, ", got ",
-              offset);
+  TORCH_CHECK(offset >= 0 && offset % kStateBlock == 0, "adam4bit: offset must be a multiple of ", kStateBlock,
+              ", got ", offset);
 }
+
+}  // namespace
 
 void adam4bit(at::Tensor p, const at::Tensor& g, at::Tensor m4, at::Tensor v4, at::Tensor absmax_m, at::Tensor absmax_v,
               const at::Tensor& tables, double lr, double beta1, double beta2, double eps, double weight_decay,
@@ -184,18 +186,4 @@ void adam4bit(at::Tensor p, const at::Tensor& g, at::Tensor m4, at::Tensor v4, a
   });
 }
 
-void traced(at::Tensor, const at::Tensor&, at::Tensor, at::Tensor, at::Tensor, at::Tensor, const at::Tensor&, double,
-            double, double, double, double, bool, int64_t, bool, int64_t, int64_t, int64_t, double) {}
-
-}  // namespace
 }  // namespace sltrain
-
-TORCH_LIBRARY_FRAGMENT(sltrain, m) {
-  m.def(
-      "adam4bit_step_(Tensor(a!) p, Tensor g, Tensor(b!) m4, Tensor(c!) v4, Tensor(d!) absmax_m, Tensor(e!) absmax_v, "
-      "Tensor tables, float lr, float beta1, float beta2, float eps, float weight_decay, bool decoupled, int step, "
-      "bool stochastic, int seed, int key, int offset, float grad_scale) -> ()");
-}
-
-TORCH_LIBRARY_IMPL(sltrain, CPU, m) { m.impl("adam4bit_step_", &sltrain::adam4bit); }
-TORCH_LIBRARY_IMPL(sltrain, Meta, m) { m.impl("adam4bit_step_", &sltrain::traced); }

@@ -1,5 +1,6 @@
-// Blockwise 8-bit Adam step on the CPU; adam8bit.h says what happens to one element, sltrain_ds/ops/adam8bit.py why.
-// A block of 256 values is worked on by one thread from end to end, so results do not depend on the number of threads.
+// Blockwise 8-bit Adam step on the CPU; cuda/adam8bit.h says what happens to one element, sltrain_ds/ops/adam8bit.py
+// why. A block of 256 values is worked on by one thread from end to end, so results do not depend on the number of
+// threads.
 
 #include "adam_block.h"
 
@@ -48,9 +49,11 @@ AVX512 void quantize_avx512(bool is_signed, const uint32_t* buckets, const float
     const __m512i negative = is_signed ? _mm512_srli_epi32(bits, 31) : zero;
     __m512i magnitude = _mm512_and_si512(bits, _mm512_set1_epi32(0x7FFFFFFF));
     magnitude = _mm512_max_epi32(_mm512_min_epi32(magnitude, one), smallest);
-    const __m512i bucket = _mm512_sub_epi32(_mm512_srli_epi32(magnitude, kBucketShift), _mm512_set1_epi32(kFirstBucket));
+    const __m512i bucket =
+        _mm512_sub_epi32(_mm512_srli_epi32(magnitude, kBucketShift), _mm512_set1_epi32(kFirstBucket));
     const __m512i low = _mm512_add_epi32(_mm512_and_si512(magnitude, _mm512_set1_epi32(0xFFFF)), negative);
-    const __m512i count = _mm512_srli_epi32(_mm512_add_epi32(_mm512_i32gather_epi32(bucket, buckets, 4), low), kCarryBits);
+    const __m512i count =
+        _mm512_srli_epi32(_mm512_add_epi32(_mm512_i32gather_epi32(bucket, buckets, 4), low), kCarryBits);
     __m512i code = count;
     if (is_signed) {
       code = _mm512_mask_sub_epi32(_mm512_add_epi32(zero_code, count), _mm512_movepi32_mask(bits), zero_code, count);
@@ -114,11 +117,9 @@ void run(const AdamStep& s, const Tables& tables, int64_t numel, int64_t offset,
   });
 }
 
-}  // namespace
-
-void check_adam8bit(const at::Tensor& p, const at::Tensor& g, const at::Tensor& m8, const at::Tensor& v8,
-                    const at::Tensor& absmax_m, const at::Tensor& absmax_v, const at::Tensor& tables, int64_t step,
-                    int64_t offset) {
+void check(const at::Tensor& p, const at::Tensor& g, const at::Tensor& m8, const at::Tensor& v8,
+           const at::Tensor& absmax_m, const at::Tensor& absmax_v, const at::Tensor& tables, int64_t step,
+           int64_t offset) {
   const int64_t numel = p.numel(), blocks = (numel + kStateBlock - 1) / kStateBlock;
   for (const auto* t : {&p, &g}) {
     TORCH_CHECK(t->scalar_type() == at::kFloat || t->scalar_type() == at::kBFloat16,
@@ -126,7 +127,8 @@ void check_adam8bit(const at::Tensor& p, const at::Tensor& g, const at::Tensor& 
   }
   for (const auto* t : {&m8, &v8}) TORCH_CHECK(t->scalar_type() == at::kByte, "adam8bit: states must be uint8");
   for (const auto* t : {&absmax_m, &absmax_v}) {
-    TORCH_CHECK(t->scalar_type() == at::kFloat && t->numel() == blocks, "adam8bit: absmax must be float32 (", blocks, ",)");
+    TORCH_CHECK(t->scalar_type() == at::kFloat && t->numel() == blocks, "adam8bit: absmax must be float32 (", blocks,
+                ",)");
   }
   TORCH_CHECK(g.numel() == numel && m8.numel() == numel && v8.numel() == numel,
               "adam8bit: parameter, gradient and states differ in size");
@@ -140,9 +142,14 @@ void check_adam8bit(const at::Tensor& p, const at::Tensor& g, const at::Tensor& 
               ", where a block begins, got ", offset);
 }
 
-void adam8bit_step(const at::Tensor& p, const at::Tensor& g, const at::Tensor& m8, const at::Tensor& v8,
-                   const at::Tensor& absmax_m, const at::Tensor& absmax_v, const at::Tensor& tables,
-                   const AdamStep& s, int64_t offset) {
+}  // namespace
+
+void adam8bit(at::Tensor p, const at::Tensor& g, at::Tensor m8, at::Tensor v8, at::Tensor absmax_m, at::Tensor absmax_v,
+              const at::Tensor& tables, double lr, double beta1, double beta2, double eps, double weight_decay,
+              bool decoupled, int64_t step, bool stochastic, int64_t seed, int64_t key, int64_t offset,
+              double grad_scale) {
+  check(p, g, m8, v8, absmax_m, absmax_v, tables, step, offset);
+  const AdamStep s = adam_step(lr, beta1, beta2, eps, weight_decay, decoupled, step, stochastic, seed, key, grad_scale);
   const auto* words = reinterpret_cast<const uint32_t*>(tables.const_data_ptr<int32_t>());
   const auto* maps = reinterpret_cast<const float*>(words);
   const Tables parts{maps, maps + 256, words + 512, words + 512 + kBuckets};

@@ -9,8 +9,8 @@
 #pragma clang fp contract(off)
 #endif
 
-#include "adam8bit.h"
 #include "cpu.h"
+#include "cuda/adam8bit.h"
 
 #include <ATen/core/Tensor.h>
 #include <c10/util/BFloat16.h>
@@ -32,7 +32,7 @@ constexpr int kAhead = 2;  // blocks between the one that is prefetched and the 
 struct Block {
   alignas(64) float p[kStateBlock], g[kStateBlock], m[kStateBlock], v[kStateBlock];
   alignas(64) uint8_t m8[kStateBlock], v8[kStateBlock];  // codes
-  alignas(64) uint16_t half[kStateBlock];  // p or g in bf16
+  alignas(64) uint16_t half[kStateBlock];                // p or g in bf16
 };
 
 ANY_LEVEL void widen(const uint16_t* __restrict from, float* __restrict to) {

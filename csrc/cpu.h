@@ -1,5 +1,6 @@
-// What this processor has, found once: every function that is compiled for several kinds of x86-64 asks here which to run.
-// SLTRAIN_CPU=avx2, say, forces a lower level, so that one machine can test them all. A build serves all nodes of a cluster.
+// What this processor has, found once: every function that is compiled for several kinds of x86-64 asks here which to
+// run. SLTRAIN_CPU=avx2, say, forces a lower level, so that one machine can test them all. A build serves all nodes of
+// a cluster.
 #pragma once
 
 #include <utility>

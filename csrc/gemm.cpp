@@ -1,5 +1,5 @@
-// out = alpha a b (+ out, or + bias), in fixed blocks of the output, each by one thread: the bits of a library's GEMM may depend
-// on how many threads share it, these do not.
+// out = alpha a b (+ out, or + bias), in fixed blocks of the output, each by one thread: the bits of a library's GEMM
+// may depend on how many threads share it, these do not.
 
 #include "ops.h"
 
@@ -35,8 +35,8 @@ class OneThread {
   int openmp_, mkl_;
 };
 
-constexpr int64_t kWorth = 1 << 20;    // multiply-adds from which on two threads may share them
-constexpr int64_t kShortest = 256;     // side of a block
+constexpr int64_t kWorth = 1 << 20;  // multiply-adds from which on two threads may share them
+constexpr int64_t kShortest = 256;   // side of a block
 
 // Blocks to aim at: one for each core that the machine has, whatever this process may use of them.
 int64_t enough() {

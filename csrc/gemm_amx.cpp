@@ -14,27 +14,19 @@
 
 #if defined(__x86_64__) && defined(__linux__) && (defined(__clang__) || __GNUC__ >= 11)
 
-#include <immintrin.h>
+#include "gemm_amx_tiles.h"
 
-#define TILES __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16")))
-#define TILES_INLINE TILES inline __attribute__((always_inline))
+#include <immintrin.h>
 
 namespace sltrain {
 namespace {
 
-constexpr int64_t kSide = 32;                   // of a block of out: two by two tiles
-constexpr int64_t kTile = 16;                   // rows of a tile, and pairs of k in one
-constexpr int64_t kTileElements = kTile * 32;   // 1 KB of bf16
-constexpr int64_t kSmall = 1 << 26;             // multiply-adds up to which the library is slower on any layout
-constexpr int64_t kDeep = 64;                   // blocks of k taken together: a panel of that many stays in the cache
-constexpr int64_t kLargest = 16 << 20;          // bytes of what is packed of b, and of sums that wait for more of k
-constexpr int64_t kGroup = 512 << 10;           // bytes of a that are used together
-constexpr int64_t kWorth = 6 << 20;             // multiply-adds from which on threads share them
-
-struct Matrix {  // element (i, j) at data[i * row + j * column]; one of the strides is 1
-  const uint16_t* data;
-  int64_t rows, columns, row, column;
-};
+constexpr int64_t kSide = 32;           // of a block of out: two by two tiles
+constexpr int64_t kSmall = 1 << 26;     // multiply-adds up to which the library is slower on any layout
+constexpr int64_t kDeep = 64;           // blocks of k taken together: a panel of that many stays in the cache
+constexpr int64_t kLargest = 16 << 20;  // bytes of what is packed of b, and of sums that wait for more of k
+constexpr int64_t kGroup = 512 << 10;   // bytes of a that are used together
+constexpr int64_t kWorth = 6 << 20;     // multiply-adds from which on threads share them
 
 // Memory of a thread that grows and stays.
 template <typename T>
@@ -49,86 +41,6 @@ class Scratch {
   std::unique_ptr<T[]> buffer_;
   int64_t capacity_ = 0;
 };
-
-TILES_INLINE __mmask32 first32(int64_t count) { return count >= 32 ? ~0u : (1u << std::max<int64_t>(0, count)) - 1; }
-TILES_INLINE __mmask16 first16(int64_t count) { return static_cast<__mmask16>(first32(std::min<int64_t>(16, count))); }
-
-TILES_INLINE void transpose(__m512i (&r)[16]) {
-  __m512i t[16];
-#pragma GCC unroll 8
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]), t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 16; i += 4) {  // r[i + k]: lane l holds column 4 l + k of rows i ... i + 3
-    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]), r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]), r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-  }
-#pragma GCC unroll 4
-  for (int k = 0; k < 4; ++k) {
-    t[k] = _mm512_shuffle_i32x4(r[k], r[k + 4], 0x88), t[k + 4] = _mm512_shuffle_i32x4(r[k], r[k + 4], 0xdd);
-    t[k + 8] = _mm512_shuffle_i32x4(r[k + 8], r[k + 12], 0x88);
-    t[k + 12] = _mm512_shuffle_i32x4(r[k + 8], r[k + 12], 0xdd);
-  }
-#pragma GCC unroll 4
-  for (int k = 0; k < 4; ++k) {
-    r[k] = _mm512_shuffle_i32x4(t[k], t[k + 8], 0x88), r[k + 8] = _mm512_shuffle_i32x4(t[k], t[k + 8], 0xdd);
-    r[k + 4] = _mm512_shuffle_i32x4(t[k + 4], t[k + 12], 0x88);
-    r[k + 12] = _mm512_shuffle_i32x4(t[k + 4], t[k + 12], 0xdd);
-  }
-}
-
-// tile[i] = 32 neighbours at from + i * stride, i < rows; what lies past rows or width is zero
-TILES_INLINE void load_rows(const uint16_t* from, int64_t stride, int64_t rows, int64_t width, __m512i (&tile)[16]) {
-  const __mmask32 mask = first32(width);
-#pragma GCC unroll 16
-  for (int i = 0; i < kTile; ++i) {
-    tile[i] = i < rows ? _mm512_maskz_loadu_epi16(mask, from + i * stride) : _mm512_setzero_si512();
-  }
-}
-
-// tile[p] = pairs of 16 neighbours at from + 2 p * stride and from + (2 p + 1) * stride; past `rows` or `width`, zero
-TILES_INLINE void load_pairs(const uint16_t* from, int64_t stride, int64_t rows, int64_t width, __m512i (&tile)[16]) {
-  const __mmask16 mask = first16(width);
-#pragma GCC unroll 16
-  for (int p = 0; p < kTile; ++p) {
-    const __mmask16 even = 2 * p < rows ? mask : 0, odd = 2 * p + 1 < rows ? mask : 0;
-    const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(even, from + 2 * p * stride));
-    const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(odd, from + (2 * p + 1) * stride));
-    tile[p] = _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
-  }
-}
-
-TILES_INLINE void store_tile(const __m512i (&tile)[16], uint16_t* to) {
-#pragma GCC unroll 16
-  for (int i = 0; i < kTile; ++i) _mm512_store_si512(to + i * 32, tile[i]);
-}
-
-// 16 rows of a by 32 of k, rows by rows
-TILES_INLINE void pack_left(const Matrix& a, int64_t row, int64_t k, uint16_t* to) {
-  __m512i tile[16];
-  const uint16_t* from = a.data + row * a.row + k * a.column;
-  if (a.column == 1) {
-    load_rows(from, a.row, a.rows - row, a.columns - k, tile);
-  } else {
-    load_pairs(from, a.column, a.columns - k, a.rows - row, tile);
-    transpose(tile);
-  }
-  store_tile(tile, to);
-}
-
-// 32 of k by 16 columns of b, pairs of k side by side
-TILES_INLINE void pack_right(const Matrix& b, int64_t k, int64_t column, uint16_t* to) {
-  __m512i tile[16];
-  const uint16_t* from = b.data + k * b.row + column * b.column;
-  if (b.column == 1) {
-    load_pairs(from, b.row, b.rows - k, b.columns - column, tile);
-  } else {
-    load_rows(from, b.column, b.columns - column, b.rows - k, tile);
-    transpose(tile);
-  }
-  store_tile(tile, to);
-}
 
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -173,7 +85,9 @@ TILES_INLINE void store_sums(float* sums) {
   _tile_stored(3, sums + 16 * 32 + 16, 128);
 }
 
-TILES_INLINE __m512 widened(__m256i half) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16)); }
+TILES_INLINE __m512 widened(__m256i half) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
 
 // out (rows, columns) = alpha sums (+ out, or + bias), rounded to nearest even
 template <bool kOther>
@@ -212,7 +126,7 @@ TILES void run(const Product& p, int64_t begin, int64_t end, int64_t first, int6
   static thread_local Scratch<uint16_t> buffer;
   _tile_loadconfig(&config);
   const Matrix& a = p.a;
-  const int64_t blocks = end - begin, height = blocks * 2 * kTileElements;  // of a panel: its upper tiles, its lower ones
+  const int64_t blocks = end - begin, height = blocks * 2 * kTileElements;  // of a panel: upper tiles, lower tiles
   // whole tiles of a row-major a are read where they lie; what hangs over the edge, and any other a, is packed first
   const auto read = [&](int64_t row) {
     return a.column == 1 && row + kSide <= a.rows ? std::min(end, a.columns / 32) - begin : 0;
@@ -264,7 +178,7 @@ TILES void run(const Product& p, int64_t begin, int64_t end, int64_t first, int6
   _tile_release();
 }
 
-// Blocks [begin, end) of k of b's panels [left, right), each panel's blocks one after another; read as b lies in memory.
+// Blocks [begin, end) of k of b's panels [left, right), each panel's blocks in a row; read as b lies in memory.
 TILES void pack_panels(const Matrix& b, int64_t begin, int64_t end, int64_t left, int64_t right, uint16_t* packed) {
   const int64_t blocks = end - begin;
   const auto pack = [&](int64_t panel, int64_t block) TILES {
@@ -300,15 +214,17 @@ bool gemm_amx(at::Tensor& out, const at::Tensor& a, const at::Tensor& b, double 
   if (bias && (bias->scalar_type() != at::kBFloat16 || !bias->is_contiguous())) return false;
   const int64_t blocks = (K + 31) / 32, together = std::min(blocks, kDeep);
   const int64_t panels = (N + kSide - 1) / kSide, heights = (M + kSide - 1) / kSide;
-  const int64_t size = panels * together * 2 * kTileElements, waiting = blocks > kDeep ? heights * panels * kSide * kSide : 0;
+  const int64_t size = panels * together * 2 * kTileElements;
+  const int64_t waiting = blocks > kDeep ? heights * panels * kSide * kSide : 0;
   const bool by_columns = a.stride(1) != 1 && M > 1;
   if (K == 0 || size * 2 > kLargest || waiting * 4 > kLargest || (M * N * K > kSmall && !by_columns)) return false;
   static thread_local Scratch<uint16_t> buffer;
   static thread_local Scratch<float> sums;
   uint16_t* packed = buffer.take(size);
-  const Product product{matrix(a), matrix(b), static_cast<float>(alpha), add,
-                        bias ? static_cast<const uint16_t*>(bias->const_data_ptr()) : nullptr,
-                        static_cast<uint16_t*>(out.mutable_data_ptr()), out.stride(0), packed, sums.take(waiting)};
+  const float scale = static_cast<float>(alpha);
+  const auto* row = bias ? static_cast<const uint16_t*>(bias->const_data_ptr()) : nullptr;
+  auto* to = static_cast<uint16_t*>(out.mutable_data_ptr());
+  const Product product{matrix(a), matrix(b), scale, add, row, to, out.stride(0), packed, sums.take(waiting)};
   const int64_t threads = M * N * K >= kWorth ? at::get_num_threads() : 1;
   // groups of rows that fit the cache; where they are fewer than threads, columns are split too
   const int64_t most = std::max<int64_t>(1, kGroup / (together * 4 * kTileElements));

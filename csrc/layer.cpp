@@ -1,5 +1,5 @@
-// A layer's forward and backward, one call each. ops/sltrain_linear.py is the reference and says what is computed: this is
-// the same line by line, without the 0.1 ms that Python takes for it, which is what a GPU waits for in small steps.
+// A layer's forward and backward, one call each. ops/sltrain_linear.py is the reference and says what is computed: this
+// is the same line by line, without the 0.1 ms that Python takes for it, which is what a GPU waits for in small steps.
 
 #include "layer.h"
 
@@ -171,8 +171,9 @@ struct LayerFunction : torch::autograd::Function<LayerFunction> {
     if (!outputs[0].defined()) return grads;
     const auto saved = ctx->get_saved_variables();
     const auto &x = saved[0], &A = saved[1], &B = saved[2], &values = saved[3], &kept = saved[4];
-    const Layer layer{A, B, values, ctx->saved_data["rows"].toTensor(), ctx->saved_data["columns"].toTensor(),
-                      ctx->saved_data["scaling"].toDouble(), x.scalar_type()};
+    const Tensor rows = ctx->saved_data["rows"].toTensor(), columns = ctx->saved_data["columns"].toTensor();
+    const double scaling = ctx->saved_data["scaling"].toDouble();
+    const Layer layer{A, B, values, rows, columns, scaling, x.scalar_type()};
     const int64_t mode = ctx->saved_data["mode"].toInt();
     bool needs[5] = {};  // x, A, B, values, bias
     for (int i = 0; i < 4; ++i) needs[i] = ctx->needs_input_grad(i);

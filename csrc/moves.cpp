@@ -1,5 +1,5 @@
-// The two sparse moves on the CPU (support.cpp) and on CUDA: the kernels of csrc/cuda, whose library sltrain_ds/ops/cuda.py
-// finds and loads, by their addresses.
+// The two sparse moves on the CPU (support.cpp) and on CUDA: the kernels of csrc/cuda, whose library
+// sltrain_ds/ops/cuda.py finds and loads, by their addresses.
 
 #include "cuda/launchers.h"
 #include "layer.h"
@@ -58,8 +58,7 @@ void gather_at(at::Tensor& out, const at::Tensor& W, const at::Tensor& rows, con
   check(W, rows, columns, out);
   require(cuda_gather(out.mutable_data_ptr(), code_of(out), W.const_data_ptr(), code_of(W),
                       rows.const_data_ptr<int32_t>(), columns.const_data_ptr(),
-                      static_cast<int>(columns.element_size()), W.size(0), W.size(1), W.device().index(),
-                      stream_of(W)),
+                      static_cast<int>(columns.element_size()), W.size(0), W.size(1), W.device().index(), stream_of(W)),
           "sltrain_cuda_gather");
 }
 

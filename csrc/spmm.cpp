@@ -2,12 +2,13 @@
 //
 // Tokens are taken in panels; a panel of an activation is transposed into blocks of `width` tokens (spmm_kernels.h), in
 // which a non-zero costs a few vector multiply-adds. Sums are formed in fp32 (fp64 for fp64) and rounded once. dx runs
-// over the support in column order, made anew in every backward: it costs as much as a few tokens, and keeping it
-// would cost 8 bytes a non-zero. Every result is formed by one thread in a fixed order, so bits do not depend on the
-// number of threads.
+// over the support in column order (spmm_support.h), made anew in every backward: it costs as much as a few tokens, and
+// keeping it would cost 8 bytes a non-zero. Every result is formed by one thread in a fixed order, so bits do not
+// depend on the number of threads.
 
 #include "cpu.h"
 #include "ops.h"
+#include "spmm_support.h"
 
 #include <ATen/Dispatch.h>
 #include <ATen/Functions.h>
@@ -68,122 +69,20 @@ namespace sltrain {
 namespace {
 
 #ifdef SLTRAIN_X86
-#define CALL(...)                                                 \
-  (cpu_level() >= CpuLevel::kAvx512 ? avx512::__VA_ARGS__         \
-   : cpu_level() >= CpuLevel::kAvx2 ? avx2::__VA_ARGS__           \
+#define CALL(...)                                         \
+  (cpu_level() >= CpuLevel::kAvx512 ? avx512::__VA_ARGS__ \
+   : cpu_level() >= CpuLevel::kAvx2 ? avx2::__VA_ARGS__   \
                                     : portable::__VA_ARGS__)
 #else
 #define CALL(...) portable::__VA_ARGS__
 #endif
 
-constexpr int64_t kPanel = 256;      // tokens transposed together
-constexpr int64_t kChannels = 32;    // channels whose sums are turned together
-constexpr int64_t kSlab = 5632;      // columns of S taken together: their block should stay in a second-level cache
-constexpr int64_t kPiece = 2048;     // channels whose sums wait for the next slab
-constexpr int64_t kAlignment = 64;   // bytes
-
-int64_t aligned(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
+constexpr int64_t kPanel = 256;    // tokens transposed together
+constexpr int64_t kChannels = 32;  // channels whose sums are turned together
+constexpr int64_t kPiece = 2048;   // channels whose sums wait for the next slab
 
 // Vectors of 64 bytes a channel, once widened.
 int vectors(int64_t tokens) { return tokens > 32 ? 4 : tokens > 16 ? 2 : 1; }
-
-int64_t slabs(int64_t columns) { return std::max<int64_t>(1, (columns + kSlab - 1) / kSlab); }
-
-// Hands out aligned pieces of the caller's scratch.
-class Arena {
- public:
-  explicit Arena(const at::Tensor& scratch)
-      : next_(reinterpret_cast<uintptr_t>(scratch.mutable_data_ptr())),
-        end_(next_ + scratch.numel() * scratch.element_size()) {
-    next_ = aligned(next_);
-  }
-  template <typename T>
-  T* take(int64_t count) {
-    T* piece = reinterpret_cast<T*>(next_);
-    next_ += aligned(count * sizeof(T));
-    TORCH_CHECK(next_ <= end_, "the scratch is too small for the sparse product");
-    return piece;
-  }
-
- private:
-  uintptr_t next_, end_;
-};
-
-template <typename T, typename Index>
-struct Support {
-  int64_t rows, width;
-  const int32_t* pointers;
-  const Index* columns;
-  const T* values;
-  int32_t* cuts;  // where each row enters slabs 1, 2, ...
-
-  Support(int64_t rows, int64_t width, const int32_t* pointers, const Index* columns, const T* values, Arena& arena)
-      : rows(rows), width(width), pointers(pointers), columns(columns), values(values),
-        cuts(arena.take<int32_t>((slabs(width) - 1) * rows)) {
-    const int64_t count = slabs(width);
-    at::parallel_for(0, count > 1 ? rows : 0, 256, [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) {
-        for (int64_t s = 1; s < count; ++s) {
-          const auto edge = static_cast<Index>(width * s / count);
-          cuts[(s - 1) * rows + row] =
-              std::lower_bound(columns + pointers[row], columns + pointers[row + 1], edge) - columns;
-        }
-      }
-    });
-  }
-  const int32_t* begins(int64_t slab) const { return slab == 0 ? pointers : cuts + (slab - 1) * rows; }
-  const int32_t* ends(int64_t slab) const { return slab == slabs(width) - 1 ? pointers + 1 : cuts + slab * rows; }
-};
-
-// values as T: the tensor's own where they are, else widened into the arena
-template <typename T>
-const T* widened(const at::Tensor& values, Arena& arena) {
-  if (values.scalar_type() == c10::CppTypeToScalarType<T>::value) return values.const_data_ptr<T>();
-  const int64_t count = values.numel();
-  T* wide = arena.take<T>(count);
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, values.scalar_type(), "sltrain_spmm", [&] {
-    const scalar_t* value = values.const_data_ptr<scalar_t>();
-    at::parallel_for(0, count, 1 << 16, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) wide[i] = static_cast<T>(value[i]);
-    });
-  });
-  return wide;
-}
-
-// The same matrix in column order: column `c` of S is row `c` of the result, its entries in ascending row order.
-template <typename Row, typename T, typename Index>
-Support<T, Row> transposed(const Support<T, Index>& S, int64_t in_features, Arena& arena) {
-  const int64_t nnz = S.pointers[S.rows];
-  int32_t* pointers = arena.take<int32_t>(in_features + 1);
-  int32_t* next = arena.take<int32_t>(in_features);
-  Row* rows = arena.take<Row>(nnz);
-  T* values = arena.take<T>(nnz);
-  // a thread owns a range of columns and visits every row's part in it
-  const auto visit = [&](int64_t begin, int64_t end, const auto& body) {
-    for (int64_t row = 0; row < S.rows; ++row) {
-      const Index* first = S.columns + S.pointers[row];
-      const Index* last = S.columns + S.pointers[row + 1];
-      if (begin > 0) first = std::lower_bound(first, last, static_cast<Index>(begin));
-      for (; first != last && static_cast<int64_t>(*first) < end; ++first) body(row, *first, first - S.columns);
-    }
-  };
-  const int64_t grain = std::max<int64_t>(64, in_features * (1 << 15) / std::max<int64_t>(1, nnz));
-  at::parallel_for(0, in_features, grain, [&](int64_t begin, int64_t end) {
-    std::fill(next + begin, next + end, 0);
-    visit(begin, end, [&](int64_t, Index column, int64_t) { ++next[column]; });
-  });
-  pointers[0] = 0;
-  for (int64_t c = 0; c < in_features; ++c) pointers[c + 1] = pointers[c] + next[c];
-  at::parallel_for(0, in_features, grain, [&](int64_t begin, int64_t end) {
-    std::copy(pointers + begin, pointers + end, next + begin);
-    visit(begin, end, [&](int64_t row, Index column, int64_t i) {
-      const int32_t place = next[column]++;
-      rows[place] = static_cast<Row>(row);
-      values[place] = S.values[i];
-    });
-  });
-  return {in_features, S.rows, pointers, rows, values, arena};
-}
 
 // One activation (tokens, channels), row-major, and the panel that holds some of its tokens, transposed.
 template <typename T, typename In>
@@ -223,11 +122,22 @@ struct Activation {
   }
 };
 
-#define WITH_VECTORS(width, T, ...)                \
-  switch (width * sizeof(T) / 64) {                \
-    case 1: { constexpr int V = 1; __VA_ARGS__; break; } \
-    case 2: { constexpr int V = 2; __VA_ARGS__; break; } \
-    default: { constexpr int V = 4; __VA_ARGS__; }       \
+#define WITH_VECTORS(width, T, ...) \
+  switch (width * sizeof(T) / 64) { \
+    case 1: {                       \
+      constexpr int V = 1;          \
+      __VA_ARGS__;                  \
+      break;                        \
+    }                               \
+    case 2: {                       \
+      constexpr int V = 2;          \
+      __VA_ARGS__;                  \
+      break;                        \
+    }                               \
+    default: {                      \
+      constexpr int V = 4;          \
+      __VA_ARGS__;                  \
+    }                               \
   }
 
 // target[tokens of the panel] += source's panel times S^T
@@ -244,8 +154,9 @@ void add_product(const Support<T, Index>& S, const Activation<T, In>& source, in
       for (int64_t row = task % chunks * chunk; row < to; row += piece) {
         const int64_t last = std::min(to, row + piece);
         for (int64_t s = 0; s < count; ++s) {
-          WITH_VECTORS(width, T, CALL(multiply<V>(source.block(b), S.begins(s), S.ends(s), S.columns, S.values, row,
-                                                  last, s > 0, sums)));
+          WITH_VECTORS(
+              width, T,
+              CALL(multiply<V>(source.block(b), S.begins(s), S.ends(s), S.columns, S.values, row, last, s > 0, sums)));
         }
         for (int64_t c = row; c < last; c += kChannels) {
           CALL(add_sums(sums + (c - row) * width, static_cast<int>(std::min(kChannels, last - c)), width,
@@ -264,8 +175,9 @@ void add_samples(const Support<T, Index>& S, const Activation<T, In>& dy, const 
   at::parallel_for(0, S.rows, grain, [&](int64_t begin, int64_t end) {
     for (int64_t b = 0; b < x.blocks(first); ++b) {
       for (int64_t s = 0; s < slabs(S.width); ++s) {
-        WITH_VECTORS(x.width, T, CALL(sample<V>(dy.block(b), x.block(b), S.begins(s), S.ends(s), S.columns, begin, end,
-                                                first + b > 0, out)));
+        WITH_VECTORS(x.width, T,
+                     CALL(sample<V>(dy.block(b), x.block(b), S.begins(s), S.ends(s), S.columns, begin, end,
+                                    first + b > 0, out)));
       }
     }
   });
@@ -276,7 +188,8 @@ void check(const at::Tensor& y, const at::Tensor& x, const at::Tensor& rows, con
   // shapes only: positions were checked when the support was built
   TORCH_CHECK(x.dim() == 2 && y.dim() == 2 && x.size(0) == y.size(0), "x and y must be matrices of as many tokens");
   TORCH_CHECK(x.is_contiguous() && y.is_contiguous() && rows.is_contiguous() && columns.is_contiguous() &&
-                  values.is_contiguous(), "the operands of a sparse product must be contiguous");
+                  values.is_contiguous(),
+              "the operands of a sparse product must be contiguous");
   TORCH_CHECK(x.scalar_type() == y.scalar_type(), "x and y must have the same dtype");
   TORCH_CHECK(rows.scalar_type() == at::kInt && rows.numel() == y.size(1) + 1, "S_rows must be int32 (out + 1,)");
   TORCH_CHECK(columns.scalar_type() == at::kUInt16 || columns.scalar_type() == at::kInt,

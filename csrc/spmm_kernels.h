@@ -1,9 +1,10 @@
 // The inner loops of the sparse products. Included by spmm.cpp once for each instruction set, with KERNEL_ISA (a
 // namespace) and KERNEL_TARGET (a function attribute) set; so it has no include guard.
 //
-// A block holds the tokens of one activation, transposed: block[channel * width + token], width = V vectors of 64 bytes.
-// Every non-zero of S is then V vector multiply-adds on contiguous memory, and a row's sums stay in registers. What limits
-// it is the second-level cache: so bf16 stays as it is, two tokens in a word (Pair), and is widened in registers.
+// A block holds the tokens of one activation, transposed: block[channel * width + token], width = V vectors of 64
+// bytes. Every non-zero of S is then V vector multiply-adds on contiguous memory, and a row's sums stay in registers.
+// What limits it is the second-level cache: so bf16 stays as it is, two tokens in a word (Pair), and is widened in
+// registers.
 
 namespace sltrain {
 namespace {

@@ -161,7 +161,8 @@ void check(const at::Tensor& W, const at::Tensor& rows, const at::Tensor& column
   TORCH_CHECK(columns.scalar_type() == at::kUInt16 || columns.scalar_type() == at::kInt,
               "S_columns must be uint16 or int32");
   TORCH_CHECK(values.numel() == columns.numel(), "S_columns and the values differ in length");
-  TORCH_CHECK(rows.is_contiguous() && columns.is_contiguous() && values.is_contiguous(), "the support must be contiguous");
+  TORCH_CHECK(rows.is_contiguous() && columns.is_contiguous() && values.is_contiguous(),
+              "the support must be contiguous");
 }
 
 }  // namespace
@@ -174,7 +175,9 @@ std::tuple<at::Tensor, at::Tensor> sample_support(int64_t out_features, int64_t 
   pointers[0] = 0;
   if (nnz > 0) {
     const auto counts = row_counts(out_features, in_features, nnz, static_cast<uint64_t>(count_key));
-    for (int64_t row = 0; row < out_features; ++row) pointers[row + 1] = pointers[row] + static_cast<int32_t>(counts[row]);
+    for (int64_t row = 0; row < out_features; ++row) {
+      pointers[row + 1] = pointers[row] + static_cast<int32_t>(counts[row]);
+    }
   } else {
     std::fill_n(pointers, out_features + 1, 0);
   }
@@ -195,13 +198,15 @@ void scatter_add(at::Tensor& W, const at::Tensor& rows, const at::Tensor& column
     weight_t* weight = W.mutable_data_ptr<weight_t>();
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, values.scalar_type(), "sltrain_scatter_add", [&] {
       // one rounding: the sum is formed in fp32, in fp64 where either side is
-      using wide_t = std::conditional_t<std::is_same_v<weight_t, double> || std::is_same_v<scalar_t, double>, double, float>;
+      using wide_t =
+          std::conditional_t<std::is_same_v<weight_t, double> || std::is_same_v<scalar_t, double>, double, float>;
       const scalar_t* value = values.const_data_ptr<scalar_t>();
       with_columns(columns, [&](const auto* column) {
         for_each_row(rows, [=](int64_t row, int64_t first, int64_t last) {
           weight_t* target = weight + row * in_features;
           for (int64_t i = first; i < last; ++i) {
-            target[column[i]] = static_cast<weight_t>(static_cast<wide_t>(target[column[i]]) + static_cast<wide_t>(value[i]));
+            target[column[i]] =
+                static_cast<weight_t>(static_cast<wide_t>(target[column[i]]) + static_cast<wide_t>(value[i]));
           }
         });
       });

@@ -7,8 +7,8 @@ __all__ = ["SLTrainConfig", "SLTrainLinear", "convert", "initialize"]
 
 _HOMES = {
     "SLTrainConfig": "sltrain_ds.methods.sltrain",
-    "SLTrainLinear": "sltrain_ds.methods.sltrain",
-    "convert": "sltrain_ds.methods",
+    "SLTrainLinear": "sltrain_ds.methods.sltrain_layer",
+    "convert": "sltrain_ds.methods.convert",
     "initialize": "sltrain_ds.zero.initialize",
 }
 

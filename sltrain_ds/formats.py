@@ -18,6 +18,10 @@ WIDEST_UINT16 = 65_536  # features up to which a support's columns fit in 16 bit
 CHUNK_BYTES = 16 << 20  # of fp32 logits in the chunked loss; half as much in the weights' dtype is kept beside them
 CUDA_CHUNK_BYTES, CUDA_MULTIPLE, CUDA_MOST = 128 << 20, 256, 1024  # tokens that fill the device; at least the multiple
 
+SIZE_LIMIT = 2**31 - 1  # of what is a dimension of a tensor
+STEP_LIMIT = 2**53  # of what is counted: a double holds it exactly
+INT64 = 2**63 - 1  # DeepSpeed's own default of some counts is sys.maxsize
+
 
 def nonzeros(density: float, out_features: int, in_features: int) -> int:
     """Non-zeros of an (out, in) support: exactly int(density * out * in)."""

@@ -54,14 +54,16 @@ def _train(args) -> int:
     from sltrain_ds.files import write_json
     from sltrain_ds.logs import quiet
     from sltrain_ds.memory.table import meter_table
-    from sltrain_ds.training import loop
+    from sltrain_ds.training.callbacks import own_callbacks, resume_callbacks
     from sltrain_ds.training.engine import make_engine
+    from sltrain_ds.training.loop import NonFiniteLoss, Training
     from sltrain_ds.zero.start import leave, start
 
     quiet()
     found = checkpoint.find(args.resume, run) if args.resume else None
     device = _device(world_size)
     torch.use_deterministic_algorithms(run.sltrain.deterministic)
+    own = own_callbacks(run)  # before the ranks meet: what is wrong with one is an error of the config
     start()
 
     source, data = BatchSource(run), run.sltrain.data
@@ -74,6 +76,8 @@ def _train(args) -> int:
         return evaluation_batches(held_out, budget, run.micro_batch_size, rank, world_size, data.mask_documents)
 
     done = checkpoint.resume(engine, run, found) if found else (0, 0)
+    if found:
+        resume_callbacks(own, checkpoint.read_state(found))
     if rank == 0:
         run.checkpoint_dir.mkdir(parents=True, exist_ok=True)  # what forbids it is told now, not after hours
         _delete(in_the_way)  # only now: what config, ranks or checkpoint get wrong has been told, and cost nothing
@@ -82,8 +86,8 @@ def _train(args) -> int:
         if done[0] >= run.sltrain.steps:
             print(f"nothing to do: {found} is at step {done[0]} of sltrain.steps {run.sltrain.steps}", flush=True)
     try:
-        loop.train(engine, run, source, validation, meter, *done)
-    except loop.NonFiniteLoss as error:
+        Training(engine, run, source, validation, meter, *done, own).train()
+    except NonFiniteLoss as error:
         if rank == 0:
             print(f"sltrain-ds: {error}", file=sys.stderr, flush=True)
         return 1

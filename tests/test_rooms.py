@@ -8,8 +8,8 @@ import sltrain_ds
 
 ROOT = Path(sltrain_ds.__file__).parent
 ORDER = (
-    "__init__", "errors", "logs", "files", "formats", "data", "config", "ops", "methods", "models", "optim", "memory",
-    "zero", "checkpoint", "training", "hf", "report", "bench", "cli", "train",
+    "__init__", "errors", "logs", "files", "formats", "extensions", "data", "ops", "methods", "config", "models",
+    "optim", "memory", "zero", "checkpoint", "training", "hf", "report", "bench", "cli", "train",
 )  # fmt: skip
 
 

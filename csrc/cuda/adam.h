@@ -1,5 +1,5 @@
-// One kernel for every state format: many tensors in a launch, a warp takes 256 values, a lane eight neighbours of them.
-// A format (adam8bit.cu, adam4bit.cu, adam32bit.cu) says how the moments are kept; ../adam8bit.h what happens to an
+// One kernel for every state format: many tensors in a launch, a warp takes 256 values, a lane eight neighbours of
+// them. A format (adam8bit.cu, adam4bit.cu, adam32bit.cu) says how the moments are kept; adam8bit.h what happens to an
 // element. All that a block needs is asked for before any of it is used, behind one branch that the whole warp takes.
 #pragma once
 
@@ -81,9 +81,9 @@ struct AdamLaunch {
 };
 static_assert(sizeof(AdamLaunch) <= 4096, "kernel parameters");
 
-// Format: kWords of tables, Element (what a moment is stored as), Packed (a lane's of one moment), kBytes (that it moves
-// at once) and what is called here.
-// kStochastic is known when it is compiled: a choice at every element would cost as much as the noise.
+// Format: kWords of tables, Element (what a moment is stored as), Packed (a lane's of one moment), kBytes (that it
+// moves at once) and what is called here. kStochastic is known when it is compiled: a choice at every element would
+// cost as much as the noise.
 template <typename Format, typename P, typename G, bool kStochastic>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     adam_kernel(const __grid_constant__ AdamLaunch launch) {
@@ -106,8 +106,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     const bool wide = tensor.wide && (block + 1) * kStateBlock <= numel;
     P* const p = static_cast<P*>(tensor.p) + first;
     const G* const g = static_cast<const G*>(tensor.g) + first;
-    typename Format::Element* const m_at = static_cast<typename Format::Element*>(tensor.m) + first / Format::kPerElement;
-    typename Format::Element* const v_at = static_cast<typename Format::Element*>(tensor.v) + first / Format::kPerElement;
+    typename Format::Element* const m_at =
+        static_cast<typename Format::Element*>(tensor.m) + first / Format::kPerElement;
+    typename Format::Element* const v_at =
+        static_cast<typename Format::Element*>(tensor.v) + first / Format::kPerElement;
     Eight<P> parameter;
     Eight<G> gradient;
     typename Format::Packed packed_m, packed_v;
@@ -176,7 +178,8 @@ AdamTensor described(const sltrain_adam_tensor& of) {
   tensor.absmax_v = of.absmax_v;
   tensor.numel = of.numel;
   tensor.noise_block = of.offset / kStateBlock;
-  tensor.wide = aligned(of.p, 16) && aligned(of.g, 16) && aligned(of.m, Format::kBytes) && aligned(of.v, Format::kBytes);
+  tensor.wide =
+      aligned(of.p, 16) && aligned(of.g, 16) && aligned(of.m, Format::kBytes) && aligned(of.v, Format::kBytes);
   const AdamStep own = step_of(of);
   tensor.key0 = own.key0;
   tensor.key1 = own.key1;

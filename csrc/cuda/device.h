@@ -12,7 +12,7 @@
 
 #include <type_traits>
 
-#include "../adam8bit.h"
+#include "adam8bit.h"
 #include "launchers.h"
 
 namespace sltrain {

@@ -6,10 +6,9 @@ namespace sltrain {
 namespace {
 
 template <typename Value, typename Weight, typename Column>
-__global__ void __launch_bounds__(kRowThreads) gather_kernel(Value* __restrict__ out, const Weight* __restrict__ weight,
-                                                             const int32_t* __restrict__ rows,
-                                                             const Column* __restrict__ columns, int64_t out_features,
-                                                             int64_t in_features) {
+__global__ void __launch_bounds__(kRowThreads)
+    gather_kernel(Value* __restrict__ out, const Weight* __restrict__ weight, const int32_t* __restrict__ rows,
+                  const Column* __restrict__ columns, int64_t out_features, int64_t in_features) {
   for_each_entry<float>(
       rows, columns, out_features, in_features, [=](int64_t, int64_t cell) { return widen(weight[cell]); },
       [=](int64_t i, int64_t, float value) { narrow(value, out[i]); });

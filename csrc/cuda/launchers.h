@@ -29,8 +29,8 @@ int sltrain_cuda_scatter_add(void* W, int W_dtype, const int32_t* rows, const vo
 int sltrain_cuda_gather(void* out, int out_dtype, const void* W, int W_dtype, const int32_t* rows, const void* columns,
                         int column_bytes, int64_t out_features, int64_t in_features, int device, void* stream);
 
-// A tensor and what its step of the blockwise Adam needs: the arguments of sltrain::adam8bit_step_. With 32-bit states m
-// and v are float and there is no absmax. Packed by sltrain_ds/ops/cuda.py.
+// A tensor and what its step of the blockwise Adam needs: the arguments of sltrain::adam8bit_step_. With 32-bit states
+// m and v are float and there is no absmax. Packed by sltrain_ds/ops/cuda.py.
 struct sltrain_adam_tensor {
   void* p;
   const void* g;
@@ -41,9 +41,9 @@ struct sltrain_adam_tensor {
   int32_t decoupled, stochastic;
 };
 
-// Step `count` tensors of one dtype, whose gradients have one dtype: a launch for up to 31 in a row with equal scalars. The gradients are
-// multiplied by their tensor's grad_scale times *grad_scale, which lies on the device, unless it is null. 8-bit, 4-bit and
-// 32-bit states; the last know no tables.
+// Step `count` tensors of one dtype, whose gradients have one dtype: a launch for up to 31 in a row with equal scalars.
+// The gradients are multiplied by their tensor's grad_scale times *grad_scale, which lies on the device, unless it is
+// null. 8-bit, 4-bit and 32-bit states; the last know no tables.
 int sltrain_cuda_adam8bit(int p_dtype, int g_dtype, const sltrain_adam_tensor* tensors, int64_t count,
                           const void* tables, const float* grad_scale, int device, void* stream);
 int sltrain_cuda_adam4bit(int p_dtype, int g_dtype, const sltrain_adam_tensor* tensors, int64_t count,

@@ -6,10 +6,9 @@ namespace sltrain {
 namespace {
 
 template <typename Weight, typename Value, typename Column>
-__global__ void __launch_bounds__(kRowThreads) scatter_add_kernel(Weight* weight, const int32_t* __restrict__ rows,
-                                                                  const Column* __restrict__ columns,
-                                                                  const Value* __restrict__ values,
-                                                                  int64_t out_features, int64_t in_features) {
+__global__ void __launch_bounds__(kRowThreads)
+    scatter_add_kernel(Weight* weight, const int32_t* __restrict__ rows, const Column* __restrict__ columns,
+                       const Value* __restrict__ values, int64_t out_features, int64_t in_features) {
   for_each_entry<float>(
       rows, columns, out_features, in_features,
       [=](int64_t i, int64_t cell) { return widen(weight[cell]) + widen(values[i]); },

@@ -32,10 +32,8 @@ def measure(run, job: dict) -> dict:
     from sltrain_ds.data.dataset import BatchSource
     from sltrain_ds.data.random_tokens import RandomTokens
     from sltrain_ds.errors import UserError
-    from sltrain_ds.training import loop
     from sltrain_ds.training.engine import make_engine
-    from sltrain_ds.training.evaluate import with_labels
-    from sltrain_ds.zero.grad_norm import GradNorm
+    from sltrain_ds.training.stepper import Stepper
 
     try:
         source, tokens = BatchSource(run), "real"
@@ -45,11 +43,10 @@ def measure(run, job: dict) -> dict:
     engine, meter, run = make_engine(run, job["device"])
     if job["naive"]:
         to_naive(engine.module)
-    norm, losses = GradNorm(engine), []
+    stepper, losses = Stepper(engine, run, source, meter), []
     for step in range(job["steps"]):
         began = time.perf_counter()
-        batches = [with_labels(source.micro_batch(step, i, 0, 1)) for i in range(run.accumulation)]
-        losses.append(loop.optimizer_step(engine, batches, norm, meter))
+        losses.append(stepper.step(step).loss)
         seconds = time.perf_counter() - began
         found = meter.read()
     return {"bytes": found, "moments": meter.peaks, "losses": losses, "seconds": seconds, "tokens": tokens}

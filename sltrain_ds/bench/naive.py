@@ -6,7 +6,7 @@ dW = dy^T x, then dB = dW (s A)^T, dA = s B^T dW, and gathers dS. s A is a separ
 
 import torch
 
-from sltrain_ds.methods import SLTrainLinear
+from sltrain_ds.methods.sltrain_layer import SLTrainLinear
 from sltrain_ds.ops import support
 
 

@@ -17,7 +17,7 @@ from sltrain_ds.bench.report import Report, megabytes
 from sltrain_ds.config.presets import PRESETS
 from sltrain_ds.errors import UserError
 from sltrain_ds.memory.paper import RECIPES
-from sltrain_ds.methods import SLTrainLinear
+from sltrain_ds.methods.sltrain_layer import SLTrainLinear
 from sltrain_ds.ops import measure_modes, support, workspace
 from sltrain_ds.ops import modes as modes_
 from sltrain_ds.ops.measure_modes import Layer

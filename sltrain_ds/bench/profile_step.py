@@ -28,11 +28,9 @@ from sltrain_ds.memory.estimate import estimate
 from sltrain_ds.memory.free import free_bytes
 from sltrain_ds.memory.gauge import Gauge, resident
 from sltrain_ds.ops import modes, workspace
-from sltrain_ds.training import loop
 from sltrain_ds.training.engine import make_engine
-from sltrain_ds.training.evaluate import with_labels
+from sltrain_ds.training.stepper import Stepper
 from sltrain_ds.zero.agree_on_modes import agree_on_modes
-from sltrain_ds.zero.grad_norm import GradNorm
 from sltrain_ds.zero.start import start
 
 METHODS = ("sltrain", "full_rank")
@@ -136,27 +134,29 @@ class Engine:
         began = time.perf_counter()
         with contextlib.redirect_stdout(sys.stderr):
             self.engine, self.meter, _ = make_engine(run, device)
-        self.norm, self.built = GradNorm(self.engine), time.perf_counter() - began
-        self.run, self.source = run, RandomTokens(run)
+        self.built = time.perf_counter() - began
+        self.run = run
+        stepper, self.last = Stepper(self.engine, run, RandomTokens(run), self.meter), None
         for _ in range(2):  # allocates the optimizer states; measured by the meter
-            self._step(self.meter)
+            self._step(stepper)
             self.met = self.meter.read()
+        self.stepper = Stepper(self.engine, run, RandomTokens(run))
 
     def at(self, run) -> None:
         """Switch to steps of `run`'s size and choose the modes for it."""
         if run is self.run:
             return
-        self.run, self.source = run, RandomTokens(run)
+        self.run, self.stepper = run, Stepper(self.engine, run, RandomTokens(run))
         modes.set_op_mode(self.engine.module, "auto")
         with contextlib.redirect_stdout(sys.stderr):
             agree_on_modes(self.engine.module, run, self.device)
 
     def step(self) -> None:
-        self._step()
+        self._step(self.stepper)
 
-    def _step(self, *meter) -> None:
-        batches = [with_labels(self.source.micro_batch(self.done, i, 0, 1)) for i in range(self.run.accumulation)]
-        loop.optimizer_step(self.engine, batches, self.norm, *meter)
+    def _step(self, stepper) -> None:
+        before, self.last = self.last, stepper.step(self.done)
+        _ = before and before.loss  # one step late, as the loop reads it
         self.done += 1
 
     def facts(self) -> dict:
@@ -202,7 +202,7 @@ class Engine:
 
     def close(self) -> None:
         self.engine.destroy()
-        self.engine = self.norm = self.meter = None
+        self.engine = self.stepper = self.last = self.meter = None
         workspace.release()
         gc.collect()
         if self.device.type == "cuda":

@@ -27,9 +27,7 @@ from sltrain_ds.memory.free import free_bytes
 from sltrain_ds.models import build as models
 from sltrain_ds.models.chunked_loss import use_chunked_loss
 from sltrain_ds.ops import modes, workspace
-from sltrain_ds.training import loop
-from sltrain_ds.training.evaluate import with_labels
-from sltrain_ds.zero.grad_norm import GradNorm
+from sltrain_ds.training.stepper import Stepper
 from sltrain_ds.zero.held import held_bytes
 from sltrain_ds.zero.initialize import initialize, partitioner
 
@@ -103,7 +101,7 @@ class Engine:
                 self.engine, *_ = initialize(model=model, config=run)
             if naive:
                 to_naive(model)
-            self.norm = GradNorm(self.engine)
+            self.stepper, self.last = Stepper(self.engine, run, self.source), None
             self.step()
             self.step()
             meter.mark()
@@ -119,14 +117,13 @@ class Engine:
         }
 
     def step(self) -> None:
-        run = self.run
-        batches = [with_labels(self.source.micro_batch(self.done, i, 0, 1)) for i in range(run.accumulation)]
-        loop.optimizer_step(self.engine, batches, self.norm)
+        before, self.last = self.last, self.stepper.step(self.done)
+        _ = before and before.loss  # one step late, as the loop reads it
         self.done += 1
 
     def close(self) -> None:
         self.engine.destroy()
-        self.engine = self.norm = None
+        self.engine = self.stepper = self.last = None
         workspace.release()
         gc.collect()
         if torch.cuda.is_available():

@@ -12,7 +12,7 @@ from sltrain_ds.config.presets import PRESETS
 from sltrain_ds.config.shapes import linear_shapes
 from sltrain_ds.errors import UserError
 from sltrain_ds.memory.paper import RECIPES
-from sltrain_ds.methods import SLTrainLinear
+from sltrain_ds.methods.sltrain_layer import SLTrainLinear
 from sltrain_ds.ops import sparse, support
 
 COLUMNS = ["layer", "dtype", "operator", "non-zeros", "ms", "ns a non-zero", "MB to touch", "GB/s", "of a copy's"]

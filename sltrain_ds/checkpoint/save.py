@@ -18,8 +18,10 @@ from sltrain_ds.files import write_json, write_text
 from sltrain_ds.methods.supports import supports
 
 
-def save(engine, run, step: int, tokens: int) -> Path:
+def save(engine, run, step: int, tokens: int, callbacks: dict | None = None) -> Path:
     """Write checkpoints/step_NNNNNNNN on all ranks, then drop the oldest beyond `checkpoint.keep`.
+
+    `callbacks` maps a callback's name to its state, JSON values.
 
     Raises `UserError` where the disk is full; what is there of the folder then is no checkpoint to `--resume latest`.
     """
@@ -40,6 +42,7 @@ def save(engine, run, step: int, tokens: int) -> Path:
             "zero_stage": run.zero_stage,
             "world_size": dist.get_world_size(),
             "supports": held,
+            "callbacks": callbacks or {},
         }
         write_json(folder / tag / STATE_FILE, state)
         write_text(folder / "latest", tag)

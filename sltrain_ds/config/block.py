@@ -1,26 +1,24 @@
 """The `sltrain` block as types. The descriptions feed the JSON Schema and the tables of the docs."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Union
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, WithJsonSchema, create_model, model_validator
 from pydantic_core import PydanticCustomError
+
+from sltrain_ds.extensions import FORM, is_dotted
+from sltrain_ds.formats import INT64, SIZE_LIMIT, STEP_LIMIT
+from sltrain_ds.methods import registry
+from sltrain_ds.methods.options import Block
 
 from .op_mode import SCHEMA as OP_MODE_SCHEMA
 from .op_mode import check_op_mode
 from .presets import PRESETS
-from .tree import INT64, SIZE_LIMIT, STEP_LIMIT
 
 # transformers.activations' names for what has no parameters of its own
 Activation = Literal[
     "silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "quick_gelu", "relu", "relu2", "leaky_relu",
     "mish", "tanh",
 ]  # fmt: skip
-
-
-class Block(BaseModel):
-    """Strict: "3" is no number, true is no number, unknown keys are errors; frozen once read."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class LlamaFields(Block):
@@ -83,67 +81,8 @@ class Model(Block):
         return self
 
 
-Scale = Annotated[float, Field(ge=0)]
-Rank = Annotated[
-    int, Field(ge=1, le=SIZE_LIMIT, description="inner dimension of B A; at most min(in, out) of every target")
-]
-Alpha = Annotated[float, Field(gt=0, description="B A is scaled by alpha / rank")]
-Targets = Annotated[
-    list[Annotated[str, Field(min_length=1)]],
-    Field(min_length=1, description="name parts of the nn.Linear modules to replace"),
-]
-_DEFAULT_TARGETS = ["self_attn", "mlp"]
-
-
-class DenseScale(Block):
-    """Learning-rate multipliers."""
-
-    dense: Scale = Field(1.0, description="times lr, for every parameter")
-
-
-class FactorScale(DenseScale):
-    dense: Scale = Field(1.0, description="times lr, for embedding, head and norms")
-    factors: Scale = Field(1.0, description="times lr, for A and B")
-
-
-class SparseScale(FactorScale):
-    sparse: Scale = Field(1.0, description="times lr, for the values of S")
-
-
-class SLTrain(Block):
-    """W = alpha / rank * B A + S, S on a fixed random support."""
-
-    name: Literal["sltrain"] = Field(description="sparse plus low-rank")
-    rank: Rank
-    density: float = Field(gt=0, le=1, description="fraction of non-zeros in S (the paper's delta)")
-    alpha: Alpha
-    support_seed: int = Field(0, ge=0, le=INT64, description="seed of the supports; the same on every rank")
-    target_modules: Targets = Field(_DEFAULT_TARGETS)
-    lr_scale: SparseScale = Field(SparseScale(), description="learning-rate multipliers by role")
-
-
-class FullRank(Block):
-    """Plain nn.Linear layers."""
-
-    name: Literal["full_rank"] = Field(description="dense weights, the baseline")
-    lr_scale: DenseScale = Field(DenseScale(), description="learning-rate multipliers by role")
-
-
-class LowRank(Block):
-    """W = alpha / rank * B A."""
-
-    name: Literal["low_rank"] = Field(description="low-rank weights, the baseline without S")
-    rank: Rank
-    alpha: Alpha
-    init_std: float = Field(
-        0.0063, gt=0, description="standard deviation of B A at the start; at B = 0 it never trains"
-    )
-    target_modules: Targets = Field(_DEFAULT_TARGETS)
-    lr_scale: FactorScale = Field(FactorScale(), description="learning-rate multipliers by role")
-
-
-METHODS = {"sltrain": SLTrain, "full_rank": FullRank, "low_rank": LowRank}
-Method = Annotated[SLTrain | FullRank | LowRank, Field(discriminator="name")]
+METHODS = {name: method.Options for name, method in registry.METHODS.items()}
+Method = Annotated[Union[*METHODS.values()], Field(discriminator="name")]
 
 
 class Precision(Block):
@@ -205,6 +144,17 @@ class Eval(Block):
     )
 
 
+class CallbackEntry(Block):
+    """A callback of the user's: a subclass of `sltrain_ds.training.callbacks.Callback`."""
+
+    name: str = Field(pattern=rf"^{FORM}$", description='the class, as "package.module:Class"')
+    options: dict[str, Any] = Field({}, description="keyword arguments that it is made with")
+
+
+def _callback(value):
+    return {"name": value} if isinstance(value, str) else value
+
+
 class Checkpoint(Block):
     """Checkpoints of the run."""
 
@@ -249,6 +199,22 @@ class SLTrainBlock(Block):
     run_dir: str = Field("auto", min_length=1, description="where the run is written; auto: runs/<name of this file>")
     eval: Eval = Field(Eval(), description="validation during the run")
     checkpoint: Checkpoint = Field(Checkpoint(), description="checkpoints")
+    callbacks: list[Annotated[CallbackEntry, BeforeValidator(_callback)]] = Field(
+        [], description='callbacks of your own, "package.module:Class" or {"name": ..., "options": {...}}'
+    )
+
+
+def block_type(block: dict) -> type[SLTrainBlock]:
+    """The type of a block: `SLTrainBlock`, or one whose `method` has the keys of the user's own method.
+
+    Raises `UserError` where `method.name` names a class that cannot be imported.
+    """
+    method = block.get("method")
+    name = method.get("name") if isinstance(method, dict) else None
+    if not is_dotted(name):
+        return SLTrainBlock
+    options = registry.get(name).Options
+    return create_model("SLTrainBlock", __base__=SLTrainBlock, method=(options, Field(description="your own method")))
 
 
 def key_tree(model: type[BaseModel] = SLTrainBlock) -> dict:

@@ -4,7 +4,9 @@ Written down so that checking a file imports neither torch nor DeepSpeed; tests/
 the list with the installed package (runtime/config.py, runtime/zero/config.py, runtime/lr_schedules.py, monitor/...).
 """
 
-from .tree import ANY, BOOL, COUNT, NAMES, SIZE, SIZE_LIMIT, STEP_LIMIT, TEXT, Key
+from sltrain_ds.formats import SIZE_LIMIT, STEP_LIMIT
+
+from .tree import ANY, BOOL, COUNT, NAMES, SIZE, TEXT, Key
 
 VERSION = "0.19.8"
 

@@ -9,7 +9,7 @@ from sltrain_ds.errors import UserError
 
 from . import auto, files, llama, optimizer, refused, shapes
 from .batch import BATCH_KEYS, triangle
-from .block import SLTrainBlock
+from .block import block_type
 from .deepspeed_keys import DEEPSPEED
 from .jsonfile import kind, read_json
 from .messages import first_line
@@ -82,10 +82,11 @@ def _top_level_keys(data):
 
 
 def _typed(block):
+    kind = block_type(block)
     try:
-        return SLTrainBlock.model_validate(copy.deepcopy(block))
+        return kind.model_validate(copy.deepcopy(block))
     except ValidationError as error:
-        raise UserError(first_line(error, whole_tree())) from None
+        raise UserError(first_line(error, whole_tree(), kind)) from None
 
 
 def _resolve_block(block, data, stem, resolved):

@@ -24,17 +24,17 @@ _WHAT = {
 }
 
 
-def first_line(error, whole):
+def first_line(error, whole, block=SLTrainBlock):
     """The first problem of a ValidationError of the block: its key, what is wrong, what would work.
 
-    ``whole`` is the tree of all key names, for keys that belong elsewhere.
+    ``whole`` is the tree of all key names, for keys that belong elsewhere; ``block`` the type that was asked for.
     """
     problem = error.errors(include_url=False)[0]
     loc, kind, value, context = problem["loc"], problem["type"], problem["input"], problem.get("ctx", {})
     names = _names(loc)
-    path, meaning = ".".join(["sltrain", *names]), _description(loc)
+    path, meaning = ".".join(["sltrain", *names]), _description(loc, block)
     if kind == "extra_forbidden":
-        return _unknown(names, loc, whole)
+        return _unknown(names, loc, whole, block)
     if kind == "missing":
         return f"{path}: is missing; write it ({meaning})"
     if kind == "union_tag_not_found":
@@ -69,11 +69,17 @@ def _names(loc):
     return [str(part) for i, part in enumerate(loc) if not (i == 1 and loc[0] == "method" and part in METHODS)]
 
 
-def _unknown(names, loc, whole):
+def _unknown(names, loc, whole, block):
     *parents, name = names
     node = whole["sltrain"]
     for parent in parents:
         node = node.get(parent) or {}
+    own_method = "name" in getattr(block.model_fields["method"].annotation, "model_fields", {})
+    if own_method and parents[:1] == ["method"]:
+        fields = block.model_fields["method"].annotation.model_fields
+        if parents == ["method", "lr_scale"]:
+            fields = fields["lr_scale"].annotation.model_fields
+        return unknown(name, ".".join(["sltrain", *parents]), dict.fromkeys(fields))
     if parents == ["method"]:
         method = loc[1]
         own = METHODS[method].model_fields
@@ -88,8 +94,8 @@ def _unknown(names, loc, whole):
     return unknown(name, ".".join(["sltrain", *parents]), node, whole)
 
 
-def _field(loc):
-    model, field = SLTrainBlock, None
+def _field(loc, block):
+    model, field = block, None
     for i, part in enumerate(loc):
         if i == 1 and loc[0] == "method" and part in METHODS:
             model = METHODS[part]
@@ -101,8 +107,8 @@ def _field(loc):
     return field
 
 
-def _description(loc):
-    field = _field(loc)
+def _description(loc, block):
+    field = _field(loc, block)
     return field.description if field else "see docs/config.md"
 
 

@@ -4,6 +4,7 @@ import copy
 import json
 
 from sltrain_ds.errors import UserError
+from sltrain_ds.extensions import is_dotted
 
 from .block import key_tree
 from .deepspeed_keys import ADAM, DEEPSPEED, SCHEDULERS
@@ -34,7 +35,7 @@ def apply(data, overrides):
         names = path.strip().split(".")
         if not equals or not all(names):
             raise UserError(f"--set {override}: must read key=value, for example --set sltrain.steps=100")
-        _check_path(override, names)
+        _check_path(override, names, data)
         try:
             value = json.loads(text, parse_constant=lambda word: word)
         except ValueError:
@@ -52,11 +53,19 @@ def apply(data, overrides):
     return data
 
 
-def _check_path(override, names):
+def _check_path(override, names, data):
     node = whole = whole_tree()
     for depth, name in enumerate(names):
         if not isinstance(node, dict):
             return  # below a leaf: free-form objects such as data.dir are checked by their own types
+        if names[:depth] == ["sltrain", "method"] and is_dotted(_method_name(data)):
+            return  # the user's own method: its own type checks the keys
         if name not in node:
             raise UserError(f"--set {override}: {unknown(name, '.'.join(names[:depth]), node, whole)}")
         node = node[name]
+
+
+def _method_name(data):
+    block = data.get("sltrain")
+    method = block.get("method") if isinstance(block, dict) else None
+    return method.get("name") if isinstance(method, dict) else None

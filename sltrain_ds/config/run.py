@@ -1,4 +1,4 @@
-"""`RunConfig`: what the rest of the house gets to see of the JSON."""
+"""`RunConfig`: the checked JSON as one object."""
 
 import copy
 from dataclasses import dataclass, field

@@ -5,9 +5,11 @@ from pathlib import Path
 
 from pydantic.json_schema import GenerateJsonSchema
 
-from .block import Checkpoint, Data, Eval, FullRank, LlamaFields, LowRank, Model, Precision, SLTrain, SLTrainBlock
+from sltrain_ds.extensions import FORM
+from sltrain_ds.formats import SIZE_LIMIT
+
+from .block import METHODS, Checkpoint, Data, Eval, LlamaFields, Model, Precision, SLTrainBlock
 from .deepspeed_keys import ADAM, DEEPSPEED, OPTIMIZERS, SCHEDULERS, VERSION
-from .tree import SIZE_LIMIT
 
 PATH = Path(__file__).with_name("sltrain.schema.json")
 _BEGIN, _END = "<!-- generated: python -m sltrain_ds.config.schema -->", "<!-- /generated -->"
@@ -29,6 +31,11 @@ def schema():
     model = definitions["Model"]
     model["properties"]["config"] |= {"anyOf": [{"$ref": "#/$defs/LlamaFields"}, {"type": "null"}]}
     model["oneOf"] = [{"required": [name]} for name in ("preset", "config", "path")]
+    own = {"type": "object", "required": ["name"], "properties": {"name": {"type": "string", "pattern": f"^{FORM}$"}}}
+    known = block["properties"]["method"]
+    block["properties"]["method"] = {"description": known.pop("description"), "anyOf": [known, own]}
+    by_name = {"type": "string", "pattern": f"^{FORM}$"}
+    block["properties"]["callbacks"]["items"] = {"anyOf": [by_name, {"$ref": "#/$defs/CallbackEntry"}]}
     deepspeed = _node(DEEPSPEED)["properties"]
     deepspeed["optimizer"]["properties"] |= {"type": {"enum": list(OPTIMIZERS)}, "params": _node(ADAM)}
     deepspeed["scheduler"]["properties"] |= {
@@ -59,9 +66,7 @@ def table():
     for title, kind, prefix in (
         ("model", Model, "model."),
         ("fields of model.config", LlamaFields, "model.config."),
-        ("method sltrain", SLTrain, "method."),
-        ("method full_rank", FullRank, "method."),
-        ("method low_rank", LowRank, "method."),
+        *((f"method {name}", options, "method.") for name, options in METHODS.items()),
         ("precision", Precision, "precision."),
         ("data", Data, "data."),
         ("eval", Eval, "eval."),

@@ -1,10 +1,11 @@
 """Shapes of a LLaMA's linear layers, from its config fields alone: what a rank or a density must fit."""
 
 import json
-import math
 from pathlib import Path
 
 from sltrain_ds.errors import UserError
+from sltrain_ds.methods.options import DEFAULT_TARGETS
+from sltrain_ds.methods.registry import method_of
 
 from . import llama
 from .presets import PRESETS
@@ -73,44 +74,39 @@ def check_model(fields, where):
         )
 
 
-def check_method(method, fields):
-    """Rank and density against every target layer; names the first layer that does not fit."""
-    shapes = linear_shapes(fields)
-    if not shapes or method.name == "full_rank":
+def check_method(block, fields):
+    """The `sltrain.method` block against every target layer; names the first layer that does not fit."""
+    shapes, method = linear_shapes(fields), method_of(block)
+    if not shapes or method.layer is None:
         return
-    for target in method.target_modules:
+    targets = method.target_modules or DEFAULT_TARGETS
+    for target in targets:
         if not any(_targeted(name, target) for name in shapes):
             raise UserError(
                 f'sltrain.method.target_modules: "{target}" matches no linear layer of the model; write parts of '
                 'dotted names, such as "self_attn", "mlp" or "q_proj"'
             )
     for name, (out, width) in shapes.items():
-        if not any(_targeted(name, target) for target in method.target_modules):
+        if not any(_targeted(name, target) for target in targets):
             continue
         if name == "lm_head" and fields.get("tie_word_embeddings"):
             raise UserError(
                 "sltrain.method.target_modules: lm_head shares the embedding's weight (tie_word_embeddings), which "
                 "cannot be converted; leave lm_head out, or set tie_word_embeddings false"
             )
-        if method.rank > min(out, width):
-            raise UserError(
-                f"sltrain.method.rank: {method.rank} is above min(in, out) of {name} ({out} x {width}); "
-                f"set at most {min(out, width)}"
-            )
-        if method.name == "sltrain" and int(method.density * out * width) == 0:
-            least = math.ceil(1e6 / (out * width)) / 1e6
-            raise UserError(
-                f"sltrain.method.density: {method.density:g} leaves {name} ({out} x {width}) without one non-zero; "
-                f"set at least {least:g}"
-            )
+        misfit = method.misfit(out, width)
+        if misfit:
+            key, message = misfit
+            raise UserError(f"sltrain.method.{key}: " + message.format(layer=f"{name} ({out} x {width})"))
 
 
 def check_op_mode(block, fields):
     """Shapes that op_mode names against the shapes of the target layers."""
     shapes = linear_shapes(fields)
-    if block.method.name != "sltrain" or not shapes or isinstance(block.op_mode, str):
+    method = method_of(block.method)
+    if not method.composes or not shapes or isinstance(block.op_mode, str):
         return
-    targets = block.method.target_modules
+    targets = method.target_modules or DEFAULT_TARGETS
     found = [f"{out}x{in_}" for name, (out, in_) in shapes.items() if any(_targeted(name, t) for t in targets)]
     for shape in block.op_mode:
         if shape not in found:
@@ -121,7 +117,7 @@ def check_op_mode(block, fields):
 
 
 def _targeted(name, pattern):
-    """As `methods.convert` reads it: a pattern is one or more whole components of the dotted name."""
+    """As methods/convert.py reads it: a pattern is one or more whole components of the dotted name."""
     return f".{pattern}." in f".{name}."
 
 

@@ -5,6 +5,7 @@ import math
 from dataclasses import dataclass
 
 from sltrain_ds.errors import UserError
+from sltrain_ds.formats import INT64
 
 from .jsonfile import kind, shown
 
@@ -23,9 +24,6 @@ class Key:
 
 
 BOOL, TEXT, ANY, NAMES = Key("bool"), Key("string"), Key("any"), Key("names")
-SIZE_LIMIT = 2**31 - 1  # of what is a dimension of a tensor
-STEP_LIMIT = 2**53  # of what is counted: a double holds it exactly
-INT64 = 2**63 - 1  # DeepSpeed's own default of some counts is sys.maxsize
 COUNT, SIZE = Key("int", ge=0, le=INT64), Key("int", ge=1, le=INT64)
 
 

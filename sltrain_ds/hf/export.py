@@ -17,7 +17,7 @@ from sltrain_ds.checkpoint.step_folders import STATE_FILE
 from sltrain_ds.config.block import Model
 from sltrain_ds.errors import UserError
 from sltrain_ds.files import new_directory, write_json
-from sltrain_ds.methods.base import MethodLinear
+from sltrain_ds.methods.layer import MethodLinear
 from sltrain_ds.methods.supports import supports
 from sltrain_ds.models.build import model_config
 from sltrain_ds.models.converted import convert_skeleton, copy_tokenizer, is_converted, read_config

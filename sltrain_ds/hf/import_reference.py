@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from sltrain_ds.errors import UserError
-from sltrain_ds.methods.base import MethodLinear
+from sltrain_ds.methods.layer import MethodLinear
 from sltrain_ds.models.converted import TOKENIZER_FILES, convert_skeleton, load_weights, read_config, save_converted
 from sltrain_ds.ops import support
 

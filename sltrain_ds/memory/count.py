@@ -1,13 +1,15 @@
 """Parameters of a LLaMA-class model under a method, computed from the config without torch or a model."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any
 
 from sltrain_ds.config.shapes import model_fields
 from sltrain_ds.errors import UserError
 from sltrain_ds.formats import column_bytes, nonzeros
+from sltrain_ds.methods.method import Method
+from sltrain_ds.methods.options import DEFAULT_TARGETS
+from sltrain_ds.methods.registry import method_of
 
 __all__ = ["GROUPS", "Linear", "Model", "Shape", "Support", "Tensor", "count", "model_fields", "nonzeros"]
 
@@ -113,35 +115,6 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Replacement:
-    """Replacement of a targeted W (out x in) by a method, as declared by its MethodLinear.
-
-    `parameters(out, in, method)` lists (suffix, shape, role); `composes`: W is built in the shared workspace;
-    `kept_width(method)`: width of what one layer's forward saves in addition to x.
-    """
-
-    parameters: Callable[[int, int, Any], list]
-    composes: bool = False
-    kept_width: Callable[[Any], int] = lambda method: 0
-
-
-def _factors(out, inn, method):
-    return [("A", (method.rank, inn), "factors"), ("B", (out, method.rank), "factors")]
-
-
-def _factors_and_sparse(out, inn, method):
-    return [*_factors(out, inn, method), ("S_values", (nonzeros(method.density, out, inn),), "sparse")]
-
-
-# The layers themselves need torch; a test compares these entries with every method's real model on the meta device.
-REPLACEMENTS = {
-    "sltrain": Replacement(_factors_and_sparse, composes=True),
-    "low_rank": Replacement(_factors, kept_width=lambda method: method.rank),
-    "full_rank": None,
-}
-
-
-@dataclass(frozen=True)
 class Composed:
     """Layers of one shape whose W is composed: their number, elements per W, and rank."""
 
@@ -174,10 +147,7 @@ class Model:
 
 def count(shape: Shape, method=None) -> Model:
     """Count the model of `shape` with `method` (a `sltrain.method` block) in its targeted projections; None: dense."""
-    name = method.name if method is not None else "full_rank"
-    if name not in REPLACEMENTS:
-        raise UserError(f'sltrain.method.name: cannot count "{name}"; known: {", ".join(REPLACEMENTS)}')
-    counted = _Counter(REPLACEMENTS[name], method)
+    counted = _Counter(None if method is None else method_of(method))
     counted.add("model.embed_tokens.weight", (shape.vocab, shape.hidden), "dense")
     for layer in range(shape.layers):
         at = f"model.layers.{layer}."
@@ -196,8 +166,8 @@ def count(shape: Shape, method=None) -> Model:
 
 
 class _Counter:
-    def __init__(self, replacement: Replacement | None, method):
-        self.replacement, self.method = replacement, method
+    def __init__(self, method: Method | None):
+        self.method = method if method is not None and method.layer is not None else None
         self.tensors, self.supports, self.workspace, self.kept_width = [], [], 0, 0
         self.composed = {}
 
@@ -206,15 +176,15 @@ class _Counter:
 
     def add_linear(self, linear: Linear):
         out, inn = linear.out_features, linear.in_features
-        if self.replacement is None or not targeted(linear.name, self.method.target_modules):
+        if self.method is None or not targeted(linear.name, self.method.target_modules or DEFAULT_TARGETS):
             self.add(linear.name + ".weight", (out, inn), "dense")
         else:
-            for suffix, shape, role in self.replacement.parameters(out, inn, self.method):
+            for suffix, shape, role in self.method.parameters(out, inn):
                 self.add(f"{linear.name}.{suffix}", shape, role)
                 if role == "sparse":
                     self.supports.append(Support(out, inn, shape[0]))
-            self.kept_width += self.replacement.kept_width(self.method)
-            if self.replacement.composes:
+            self.kept_width += self.method.saved_width()
+            if self.method.composes:
                 self.workspace = max(self.workspace, linear.numel)
                 shape = f"{out}x{inn}"
                 before = self.composed[shape].layers if shape in self.composed else 0
@@ -224,6 +194,6 @@ class _Counter:
 
 
 def targeted(name: str, patterns) -> bool:
-    """Whether a pattern matches components of the dotted `name`, like `target_modules` in `methods.convert`."""
+    """Whether a pattern matches components of the dotted `name`, as methods/convert.py reads `target_modules`."""
     parts = f".{name}."
     return any(f".{pattern}." in parts for pattern in patterns)

@@ -5,21 +5,21 @@ from collections import Counter
 from torch import nn
 
 from sltrain_ds.errors import UserError
-from sltrain_ds.methods.base import MethodLinear
+from sltrain_ds.methods.layer import MethodLinear
+from sltrain_ds.methods.options import DEFAULT_TARGETS
 
 # the attention and MLP blocks by the names that transformers gives them; LLaMA's serve most architectures
-DEFAULT_TARGETS = ("self_attn", "mlp")
 TARGETS = {"gpt_neox": ("attention", "mlp"), "opt": ("self_attn", "fc1", "fc2")}
 
 
 def convert(model: nn.Module, config) -> nn.Module:
-    """Replace every targeted ``nn.Linear`` of ``model`` in place by ``config``'s layer and return the model.
+    """Replace every targeted ``nn.Linear`` of ``model`` in place by the layer of ``config`` (a `Method`); return it.
 
     A module is a target if one of ``target_modules`` is a component of its dotted name ("mlp"; "mlp.down_proj" works
     too). Layers keep the weight's device and dtype, the meta device too, and start from the default generator. What
     cannot be converted is refused by name.
     """
-    if not hasattr(config, "make"):
+    if config.layer is None:
         return model
     patterns = config.target_modules or TARGETS.get(_model_type(model), DEFAULT_TARGETS)
     if isinstance(patterns, str):

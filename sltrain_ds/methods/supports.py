@@ -1,7 +1,7 @@
 """Before the first step, every rank must hold the same supports."""
 
 import torch
-from deepspeed import comm as dist
+from torch import distributed as dist
 
 from sltrain_ds.errors import UserError
 

@@ -8,10 +8,11 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from sltrain_ds import methods
 from sltrain_ds.config.presets import PRESETS
 from sltrain_ds.errors import UserError
-from sltrain_ds.methods.base import MethodLinear
+from sltrain_ds.methods.convert import convert
+from sltrain_ds.methods.layer import MethodLinear
+from sltrain_ds.methods.registry import method_of
 from sltrain_ds.ops import modes
 
 
@@ -40,7 +41,7 @@ def skeleton(run) -> PreTrainedModel:
     config = model_config(run.sltrain.model)
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
-        return methods.convert(model, method_config(run.sltrain.method))
+        return convert(model, method_of(run.sltrain.method))
 
 
 def model_config(block) -> LlamaConfig:
@@ -49,12 +50,6 @@ def model_config(block) -> LlamaConfig:
         return AutoConfig.from_pretrained(block.path)
     fields = PRESETS[block.preset] if block.preset is not None else block.config
     return LlamaConfig(**{"use_cache": False, **fields})
-
-
-def method_config(block):
-    """What `methods.convert` takes, from a `sltrain.method` block."""
-    fields = block.model_dump(exclude={"name", "lr_scale"})
-    return methods.get(block.name).config(**fields)
 
 
 def materialise(model: PreTrainedModel, seed: int, device, dtype: torch.dtype, partition=None) -> None:
@@ -112,7 +107,7 @@ def _load(path: Path, run, dtype):
         for parameter in model.parameters():  # not .to(dtype), which would round the rotary frequencies too
             parameter.data = parameter.data.to(dtype)
         return model
-    if methods.get(run.sltrain.method.name).layer is not None:
+    if method_of(run.sltrain.method).layer is not None:
         raise UserError(
             f"sltrain.model.path: {path} is a dense model, which {run.sltrain.method.name} cannot go on from; "
             'use "method": {"name": "full_rank"}, or a directory that holds converted layers'

@@ -15,10 +15,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from sltrain_ds import methods
 from sltrain_ds.errors import UserError
 from sltrain_ds.files import new_directory, write_json
-from sltrain_ds.methods.base import MethodLinear
+from sltrain_ds.methods.convert import convert
+from sltrain_ds.methods.layer import MethodLinear
+from sltrain_ds.methods.registry import get
 from sltrain_ds.methods.supports import supports
 
 METHOD_FILE = "sltrain_method.json"
@@ -84,11 +85,11 @@ def read_config(path: str | Path):
 
 def convert_skeleton(config, method: dict) -> PreTrainedModel:
     """A model of `config` on the meta device, converted by a `sltrain.method` block (but for its lr_scale)."""
-    kind = methods.get(method.get("name")).config
+    kind = get(method.get("name"))
     known = {field.name for field in fields(kind)}
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-        return methods.convert(model, kind(**{key: value for key, value in method.items() if key in known}))
+        return convert(model, kind(**{key: value for key, value in method.items() if key in known}))
 
 
 def load_weights(model: PreTrainedModel, state: dict[str, torch.Tensor], source: Path) -> None:

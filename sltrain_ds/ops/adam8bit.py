@@ -23,7 +23,7 @@ from sltrain_ds.formats import STATES
 from sltrain_ds.ops import builder, cuda, cuda_checks
 
 BLOCK, PER_BYTE = STATES["8bit"]
-_FIRST_BUCKET, _BUCKETS, _CARRY_BITS = 104 << 7, 23 * 128 + 1, 17  # as in csrc/adam8bit.h
+_FIRST_BUCKET, _BUCKETS, _CARRY_BITS = 104 << 7, 23 * 128 + 1, 17  # as in csrc/cuda/adam8bit.h
 _MASK32, _MASK64 = (1 << 32) - 1, (1 << 64) - 1
 
 
@@ -101,7 +101,7 @@ def adam8bit_reference(
 
 
 def stepped(p, g, m, v, lr, beta1, beta2, eps, weight_decay, decoupled, step, grad_scale):
-    """(parameter, first moment, second moment) after a step, float32 (n,) each, as `adam_update` in csrc/adam8bit.h."""
+    """(parameter, moment, second moment) after a step, float32 (n,) each, by `adam_update` of csrc/cuda/adam8bit.h."""
     wide = p.reshape(-1).float()
     grad = g.reshape(-1).float() * grad_scale + wide * (0.0 if decoupled else weight_decay)
     m = m * beta1 + grad * (1.0 - beta1)

@@ -37,9 +37,8 @@ def prebuilt() -> Path:
 
 def digest() -> str:
     """Hash of the sources and flags; the library contains it (``sltrain_cuda_sources``)."""
-    csrc = sources.directory()
     total = hashlib.sha256(" ".join(NVCC_FLAGS).encode())
-    for path in [csrc / "adam8bit.h", *sorted((csrc / "cuda").glob("*.h")), *sources.cuda()]:
+    for path in sources.headers_and_cuda():
         total.update(path.read_bytes())
     return total.hexdigest()[:16]
 

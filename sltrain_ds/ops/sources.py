@@ -20,6 +20,11 @@ def headers_and_cpp() -> list[Path]:
     return sorted(path for kind in ("*.cpp", "*.h", "cuda/*.h") for path in directory().glob(kind))
 
 
+def headers_and_cuda() -> list[Path]:
+    """All files that the CUDA library depends on: the kernels include nothing from outside their folder."""
+    return sorted(path for kind in ("*.cu", "*.h") for path in (directory() / "cuda").glob(kind))
+
+
 def cuda() -> list[Path]:
     """CUDA kernel files, without headers."""
     return sorted((directory() / "cuda").glob("*.cu"))

@@ -3,7 +3,7 @@
 import torch
 
 from sltrain_ds.errors import UserError
-from sltrain_ds.methods.base import MethodLinear
+from sltrain_ds.methods.layer import MethodLinear
 from sltrain_ds.optim.blockwise_adam import BlockwiseAdam
 
 ROLES = ("factors", "sparse", "dense")

@@ -126,7 +126,7 @@ def _weights(source, model, tensor, buffers) -> Weights:
     """Build `Weights`. `tensor(name)` reads a tensor; `buffers`: names of stored buffers, incl. stored supports."""
     from torch import nn
 
-    from sltrain_ds.methods.base import MethodLinear
+    from sltrain_ds.methods.layer import MethodLinear
 
     head = model.get_output_embeddings()
     found = {

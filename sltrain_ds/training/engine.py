@@ -3,6 +3,7 @@
 from sltrain_ds.memory.malloc import give_back_holes, give_back_large_blocks
 from sltrain_ds.memory.segments import grow_segments
 from sltrain_ds.models import build as models
+from sltrain_ds.models.causal_attention import use_causal_attention
 from sltrain_ds.models.chunked_loss import use_chunked_loss
 from sltrain_ds.training.meter import Meter
 from sltrain_ds.zero.agree_on_modes import agree_on_modes
@@ -19,6 +20,7 @@ def make_engine(run, device):
         give_back_large_blocks()
     meter = Meter(device)
     model = models.build(run, device, partitioner(run))
+    use_causal_attention(model, run.sltrain.data.mask_documents)
     if run.sltrain.loss == "chunked":
         use_chunked_loss(model)
     meter.watch(model)

@@ -1,106 +1,156 @@
-"""The training loop: batches in, steps, evaluations and checkpoints out."""
+"""The training loop: batches in, steps and what the callbacks make of them out."""
 
 import math
 import time
-from contextlib import closing
+from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import distributed
 
 from sltrain_ds.checkpoint import save as checkpoint
-from sltrain_ds.data.dataset import predicted_tokens
-from sltrain_ds.ops.keep_step import micro_batches
-from sltrain_ds.training.evaluate import evaluate, on_device, with_labels
+from sltrain_ds.training.callbacks import Callback, name_of
+from sltrain_ds.training.evaluate import Evaluation, evaluate
 from sltrain_ds.training.meter import Meter
 from sltrain_ds.training.monitor import Metrics, Progress
-from sltrain_ds.zero.grad_norm import GradNorm
-from sltrain_ds.zero.late_gradients import clear_late_gradients
+from sltrain_ds.training.stepper import Stepper, StepResult
 
 
 class NonFiniteLoss(RuntimeError):
     """The loss or the gradient norm stopped being a number; the last checkpoint is from before."""
 
 
-def train(engine, run, source, validation, meter: Meter, start_step: int = 0, start_tokens: int = 0) -> None:
-    """Train from `start_step` to `run.sltrain.steps`.
+class NonFiniteStop(Callback):
+    """Ends the run at a loss or a gradient norm that is not finite."""
+
+    def step_end(self, training, step, numbers):
+        loss, norm = numbers["loss"], numbers["grad_norm"]
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise NonFiniteLoss(
+                f"step {step}: loss {loss}, gradient norm {norm}; stopped (on_nonfinite: stop). "
+                "Lower the lr or set gradient_clipping, then --resume latest"
+            )
+
+
+class Every(Callback):
+    """Calls `action(training)` after every `steps` steps and after the last one."""
+
+    def __init__(self, steps: int, last: int, action: Callable[["Training"], Any]):
+        self.steps, self.last, self.action = steps, last, action
+
+    def due(self, step):
+        return step == self.last or step % self.steps == 0
+
+    def step_end(self, training, step, numbers):
+        if self.due(step):
+            self.action(training)
+
+
+class Training:
+    """A run under way: what the callbacks see.
 
     `source` is a `BatchSource`; `validation()` yields evaluation batches anew; `meter` watches the engine. A step is
     the run's global batch: `run.accumulation` micro-batches on each rank. The loss of a step is the mean over all its
-    predicted tokens.
+    predicted tokens. `own` are the user's callbacks.
     """
-    with closing(Progress(run.sltrain.steps, start_step, engine.global_rank)) as progress:
-        _train(progress, engine, run, source, validation, meter, start_step, start_tokens)
+
+    def __init__(self, engine, run, source, validation, meter: Meter, step=0, tokens=0, own=()):
+        self.engine, self.run, self.validation, self.meter = engine, run, validation, meter
+        self.step, self.tokens, self.start_step = step, tokens, step
+        self.rank, block = engine.global_rank, run.sltrain
+        self.stepper = Stepper(engine, run, source, meter)
+        self.progress = Progress(block.steps, step, self.rank)
+        self.own = list(own)
+        self.callbacks = [
+            Metrics(run.run_dir, engine, self.rank, step if step else None),
+            self.progress,
+            NonFiniteStop(),
+            *self.own,  # before the checkpoint of their step, which keeps their states
+            Every(block.eval.every, block.steps, Training.evaluate),
+            Every(block.checkpoint.every, block.steps, Training.save),
+        ]
+
+    def train(self) -> None:
+        """Train up to `run.sltrain.steps`."""
+        try:
+            self._train()
+        finally:
+            self.progress.close()  # so that an error begins a line of its own
+
+    def _train(self) -> None:
+        for callback in self.callbacks:
+            callback.start(self)
+        if self.start_step == 0:
+            self.evaluate()
+        queued = None
+        for number in range(self.start_step, self.run.sltrain.steps):
+            finished, queued = queued, self._queue(number)
+            if finished:
+                self._step_end(finished)
+            self.step = number + 1
+            if self.step == self.run.sltrain.steps or any(callback.due(self.step) for callback in self.callbacks):
+                self._step_end(queued)
+                queued = None
+        for callback in self.callbacks:
+            callback.end(self)
+
+    def _queue(self, number: int) -> "_Queued":
+        """Give the device the work of a step; on a GPU nothing here waits for it."""
+        began = _now(self.engine.device)
+        torch.manual_seed(hash((self.run.sltrain.seed, number, self.rank)))  # dropout: the same after a resume
+        lr = max(group["lr"] for group in self.engine.optimizer.param_groups)
+        result = self.stepper.step(number)
+        self.tokens += self.run.tokens_per_step
+        ended = _now(self.engine.device)
+        memory, reserved = self.meter.read(), self.meter.reserved
+        return _Queued(number + 1, result, lr, self.tokens, began, ended, memory, reserved)
+
+    def _step_end(self, queued: "_Queued") -> None:
+        numbers = queued.numbers(self.run.tokens_per_step)
+        for callback in self.callbacks:
+            callback.step_end(self, queued.step, numbers)
+
+    def say(self, text: str) -> None:
+        """A line above the progress bar, from rank 0."""
+        self.progress.say(text)
+
+    def evaluate(self) -> Evaluation:
+        """The validation loss now, which every callback gets to see."""
+        result = evaluate(self.engine, self.validation(), self.engine.device)
+        for callback in self.callbacks:
+            callback.evaluated(self, self.step, result)
+        return result
+
+    def save(self) -> None:
+        """Write a checkpoint now, the callbacks' states included."""
+        for callback in self.callbacks:
+            callback.saving(self, self.step)
+        states = {name_of(callback): callback.state_dict() for callback in self.own}
+        checkpoint.save(self.engine, self.run, self.step, self.tokens, states)
 
 
-def _train(progress, engine, run, source, validation, meter, start_step, tokens) -> None:
-    """`train`, whose bar's line has ended when an error's begins."""
-    block, rank, world = run.sltrain, engine.global_rank, run.world_size
-    metrics = Metrics(run.run_dir, engine, rank, start_step if start_step else None)
-    grad_norm = GradNorm(engine)
+class _Queued:
+    """A step that the device has been given: `numbers` waits for it."""
 
-    def evaluation(step):
-        result = evaluate(engine, validation(), engine.device)
-        metrics.log(step, eval_loss=result.loss, eval_perplexity=result.perplexity, eval_tokens=result.tokens)
-        progress.say(f"step {step}: validation loss {result.loss:.4f}, perplexity {result.perplexity:.2f}")
+    def __init__(self, step, result: StepResult, lr, tokens, began, ended, memory, reserved):
+        self.step, self.result, self.lr, self.tokens = step, result, lr, tokens
+        self.began, self.ended, self.memory, self.reserved = began, ended, memory, reserved
 
-    if start_step == 0:
-        evaluation(0)
-    for step in range(start_step, block.steps):
-        began = time.perf_counter()
-        torch.manual_seed(hash((block.seed, step, rank)))  # dropout, if any: the same after a resume
-        lr = max(group["lr"] for group in engine.optimizer.param_groups)
-        batches = [with_labels(source.micro_batch(step, i, rank, world)) for i in range(run.accumulation)]
-        loss = optimizer_step(engine, batches, grad_norm, meter)
-        tokens += run.tokens_per_step
-        norm = grad_norm.value()
-        seconds = time.perf_counter() - began
-        memory = meter.read()
-        rate = run.tokens_per_step / seconds
-        numbers = {"loss": loss, "lr": lr, "grad_norm": norm, "tokens": tokens, "tokens_per_second": rate}
-        if meter.reserved is not None:
-            numbers["reserved_bytes"] = meter.reserved
-        metrics.log(step + 1, **numbers, memory=memory)
-        progress.step(loss, rate, memory["peak"])
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise NonFiniteLoss(
-                f"step {step + 1}: loss {loss}, gradient norm {norm}; stopped (on_nonfinite: stop). "
-                "Lower the lr or set gradient_clipping, then --resume latest"
-            )
-        last = step + 1 == block.steps
-        if last or _due(step + 1, block.eval.every):
-            evaluation(step + 1)
-        if last or _due(step + 1, block.checkpoint.every):
-            checkpoint.save(engine, run, step + 1, tokens)
+    def numbers(self, tokens_per_step: int) -> dict[str, Any]:
+        found = {"loss": self.result.loss, "lr": self.lr, "grad_norm": self.result.grad_norm, "tokens": self.tokens,
+                 "tokens_per_second": tokens_per_step / _seconds(self.began, self.ended)}  # fmt: skip
+        if self.reserved is not None:
+            found["reserved_bytes"] = self.reserved
+        return {**found, "memory": self.memory}
 
 
-def optimizer_step(engine, batches, grad_norm: GradNorm, meter: Meter | None = None) -> float:
-    """One optimizer step over this rank's micro-batches; returns the mean loss of the global batch's predicted tokens.
-
-    Every token weighs the same, however many each micro-batch predicts (masked documents leave some out): each loss is
-    a sum over the mean count of a micro-batch, which DeepSpeed then averages over micro-batches and ranks.
-    """
-    parts = len(batches) * engine.dp_world_size
-    mean_count = _summed(sum(predicted_tokens(batch) for batch in batches), engine) / parts
-    total = 0.0
-    clear_late_gradients(engine)
-    for batch in micro_batches(engine.module, batches):
-        meter and meter.enter("backward")
-        loss = engine(**on_device(batch, engine.device), num_items_in_batch=mean_count).loss
-        engine.backward(loss)
-        meter and meter.enter("step")
-        grad_norm.before_step()
-        engine.step()
-        total += loss.detach().double()
-    return _summed(float(total), engine) / parts
+def _now(device):
+    """A moment, in the device's own order of work."""
+    if torch.device(device).type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
 
-def _due(step: int, every: int) -> bool:
-    return step % every == 0
-
-
-def _summed(value: float, engine) -> float:
-    if engine.dp_world_size == 1:
-        return float(value)
-    tensor = torch.tensor(value, dtype=torch.float64, device=engine.device)
-    distributed.all_reduce(tensor)
-    return float(tensor)
+def _seconds(began, ended) -> float:
+    return ended - began if isinstance(began, float) else began.elapsed_time(ended) / 1e3

@@ -26,7 +26,7 @@ def agree_on_modes(model, run: RunConfig, device) -> RunConfig:
     gradients `keep` holds nothing.
     """
     layers, asked = modes.layers(model), run.sltrain.op_mode
-    if run.sltrain.method.name != "sltrain" or not layers:
+    if not layers:
         return run
     if asked != "auto":
         modes.set_op_mode(model, asked)

@@ -12,9 +12,16 @@ class GradNorm:
         self._value = None
 
     def before_step(self) -> None:
+        """Call it between each `backward` and `step`."""
         if self._own and self.engine.is_gradient_accumulation_boundary():
             norms = [p.grad.float().norm() for p in self.engine.module.parameters() if p.grad is not None]
             self._value = torch.stack(norms).norm()
 
+    def of_last_step(self) -> torch.Tensor | float:
+        """The norm, () on the device or a number, without waiting for the device."""
+        norm = self._value if self._own else self.engine.get_global_grad_norm()
+        return norm.detach().clone() if torch.is_tensor(norm) else norm
+
     def value(self) -> float:
-        return float(self._value if self._own else self.engine.get_global_grad_norm())
+        """The norm as a number; waits for the device."""
+        return float(self.of_last_step())

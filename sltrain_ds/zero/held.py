@@ -2,6 +2,8 @@
 
 import torch
 
+from sltrain_ds.methods.layer import MethodLinear
+
 CATEGORIES = ("weights", "index", "states", "masters", "gradients", "buckets")
 
 
@@ -30,7 +32,8 @@ def _tensors(engine):
     yield "weights", [p.ds_tensor for p in sharded]
     yield "weights", [p.data for p in parameters if id(p) not in passing]
     yield "buckets", [p.data for p in parameters if id(p) in passing]
-    yield "index", [b for n, b in module.named_buffers() if n.rsplit(".", 1)[-1] in ("S_rows", "S_columns")]
+    layers = [layer for layer in module.modules() if isinstance(layer, MethodLinear)]
+    yield "index", [getattr(layer, name) for layer in layers for name in layer.index]
     masters = ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat", "fp32_groups_flat")
     yield "masters", [getattr(zero, name, None) for name in masters]
     yield "states", [_moments(state) for state in engine.basic_optimizer.state.values()]

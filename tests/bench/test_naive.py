@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from sltrain_ds.bench import naive
-from sltrain_ds.methods import SLTrainLinear
+from sltrain_ds.methods.sltrain_layer import SLTrainLinear
 from sltrain_ds.ops import reference, support
 
 

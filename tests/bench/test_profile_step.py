@@ -11,7 +11,7 @@ from sltrain_ds.bench import flops, profile_step, step
 from sltrain_ds.cli import main
 from sltrain_ds.config.presets import PRESETS
 from sltrain_ds.errors import UserError
-from sltrain_ds.methods import SLTrainLinear
+from sltrain_ds.methods.sltrain_layer import SLTrainLinear
 from sltrain_ds.ops import gemm, sltrain_linear, spmm
 
 CONFIG = {

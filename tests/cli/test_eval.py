@@ -8,9 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sltrain_ds import methods
 from sltrain_ds.cli import main
 from sltrain_ds.data.dataset import TokenData
+from sltrain_ds.methods.convert import convert
+from sltrain_ds.methods.registry import get
 from sltrain_ds.models.converted import save_converted
 
 FIELDS = {"vocab_size": 384, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -128,7 +129,7 @@ def test_a_config_that_is_none(model, run, changes):
 def test_a_converted_model(tmp_path, run):
     torch.manual_seed(0)
     block = {key: value for key, value in METHOD.items() if key != "name"}
-    built = methods.convert(LlamaForCausalLM(LlamaConfig(**FIELDS)), methods.get("sltrain").config(**block))
+    built = convert(LlamaForCausalLM(LlamaConfig(**FIELDS)), get("sltrain")(**block))
     save_converted(built, tmp_path / "converted", METHOD)
     code, out, _ = run(tmp_path / "converted")
     assert code == 0 and out["tokens"] == 20 * 31

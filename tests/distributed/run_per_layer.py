@@ -22,11 +22,9 @@ from sltrain_ds.data.dataset import BatchSource
 from sltrain_ds.logs import quiet
 from sltrain_ds.models import build as models
 from sltrain_ds.optim.blockwise_adam import BlockwiseAdam
-from sltrain_ds.training.evaluate import with_labels
-from sltrain_ds.training.loop import optimizer_step
+from sltrain_ds.training.stepper import Stepper
 from sltrain_ds.zero import initialize as initialize_module
 from sltrain_ds.zero.engine_swap import zero_classes
-from sltrain_ds.zero.grad_norm import GradNorm
 from sltrain_ds.zero.start import leave, start
 
 
@@ -38,14 +36,14 @@ def train(run, wrong_lr=False, same_batches=False):
     for group in engine.basic_optimizer.param_groups:
         # torch's fused Adam rounds the last elements of a tensor, those past its vectors, otherwise than the rest
         group |= {"fused": False} if "fused" in group else {}
-    losses, norms, grad_norm = [], [], GradNorm(engine)
+    losses, norms, stepper = [], [], Stepper(engine, run, source)
     for step in range(run.sltrain.steps):
         if wrong_lr:
             engine.optimizer.param_groups[1]["lr"] *= 1.01
         rank = 0 if same_batches else engine.global_rank
-        batches = [with_labels(source.micro_batch(step, i, rank, world)) for i in range(run.accumulation)]
-        losses.append(optimizer_step(engine, batches, grad_norm))
-        norms.append(grad_norm.value())
+        result = stepper.over([source.micro_batch(step, i, rank, world) for i in range(run.accumulation)])
+        losses.append(result.loss)
+        norms.append(result.grad_norm)
     return engine, losses, norms
 
 

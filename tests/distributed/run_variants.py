@@ -17,28 +17,23 @@ from sltrain_ds.data.dataset import BatchSource
 from sltrain_ds.logs import quiet
 from sltrain_ds.models import build as models
 from sltrain_ds.models.chunked_loss import use_chunked_loss
-from sltrain_ds.training.evaluate import with_labels
-from sltrain_ds.training.loop import optimizer_step
-from sltrain_ds.zero.grad_norm import GradNorm
+from sltrain_ds.training.stepper import Stepper
 from sltrain_ds.zero.initialize import initialize, partitioner
 from sltrain_ds.zero.start import start
 
 
 def losses(run, save_at=None, resume_from=None) -> list[float]:
     """Global losses of the run's steps, through the same calls as train.py."""
-    world, source = deepspeed.comm.get_world_size(), BatchSource(run)
-    model = models.build(run, "cpu", partitioner(run))
+    source, model = BatchSource(run), models.build(run, "cpu", partitioner(run))
     if run.sltrain.loss == "chunked":
         use_chunked_loss(model)
     engine, *_ = initialize(model=model, config=run)
     first = checkpoint.resume(engine, run, resume_from)[0] if resume_from else 0
-    found, grad_norm = [], GradNorm(engine)
+    found, stepper = [], Stepper(engine, run, source)
     for step in range(first, run.sltrain.steps):
-        batches = [
-            with_labels(source.micro_batch(step, micro, engine.global_rank, world)) for micro in range(run.accumulation)
-        ]
-        found.append(optimizer_step(engine, batches, grad_norm))
-        assert grad_norm.value() > 0
+        result = stepper.step(step)
+        found.append(result.loss)
+        assert result.grad_norm > 0
         if step + 1 == save_at:
             checkpoint.save(engine, run, step + 1, 0)
     engine.destroy()

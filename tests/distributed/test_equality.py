@@ -11,7 +11,7 @@ from torch import nn
 
 from sltrain_ds.config import from_dict
 from sltrain_ds.data.dataset import BatchSource
-from sltrain_ds.methods import SLTrainLinear
+from sltrain_ds.methods.sltrain_layer import SLTrainLinear
 from sltrain_ds.models import build as models
 from sltrain_ds.optim.build import build_optimizer
 from sltrain_ds.training.evaluate import with_labels

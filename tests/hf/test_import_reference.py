@@ -129,7 +129,7 @@ def test_the_command_copies_the_tokenizer_and_a_converted_model_saves_again(tmp_
 
 
 def test_generated_supports_are_drawn_again_and_checked(tmp_path, dense):
-    from sltrain_ds.methods import SLTrainConfig, convert
+    from sltrain_ds import SLTrainConfig, convert
 
     method = {"name": "sltrain", "rank": 3, "density": 0.1, "alpha": 2, "lr_scale": {"dense": 1.0}}
     model = convert(dense, SLTrainConfig(rank=3, density=0.1, alpha=2))

@@ -34,17 +34,17 @@ def main():
 def live(deepspeed, case):
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from sltrain_ds import methods
+    from sltrain_ds.methods.convert import convert
+    from sltrain_ds.methods.registry import get
     from sltrain_ds.optim.build import build_optimizer
     from sltrain_ds.zero.aligned import partition_aligned
     from sltrain_ds.zero.engine_swap import zero_classes
 
     torch.manual_seed(0)
     method = SimpleNamespace(**case["method"], lr_scale=SimpleNamespace())
-    registered = methods.get(method.name)
     wanted = {k: v for k, v in case["method"].items() if k != "name"}
     model = LlamaForCausalLM(LlamaConfig(**case["model"]))
-    model = methods.convert(model, registered.config(**wanted))
+    model = convert(model, get(method.name)(**wanted))
     bf16 = case["weights"] != "fp32"
     if bf16:
         model = model.to(torch.bfloat16)

@@ -7,18 +7,21 @@ import pytest
 torch = pytest.importorskip("torch")
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
-from sltrain_ds import methods  # noqa: E402
 from sltrain_ds.formats import CHUNK_BYTES  # noqa: E402
 from sltrain_ds.memory.activations import activations, block, head  # noqa: E402
 from sltrain_ds.memory.count import Shape, count  # noqa: E402
+from sltrain_ds.methods.convert import convert  # noqa: E402
+from sltrain_ds.methods.full_rank import FullRankConfig  # noqa: E402
+from sltrain_ds.methods.low_rank import LowRankConfig  # noqa: E402
+from sltrain_ds.methods.sltrain import SLTrainConfig  # noqa: E402
 from sltrain_ds.ops import modes  # noqa: E402
 
 FIELDS = dict(vocab_size=64, hidden_size=96, intermediate_size=272, num_hidden_layers=3, num_attention_heads=4)
 BATCH, LENGTH = 2, 128
 METHODS = {
-    "full_rank": methods.FullRankConfig(),
-    "sltrain": methods.SLTrainConfig(rank=24, density=0.03, alpha=8, target_modules=("self_attn", "mlp")),
-    "low_rank": methods.LowRankConfig(rank=24, alpha=8, target_modules=("self_attn", "mlp")),
+    "full_rank": FullRankConfig(),
+    "sltrain": SLTrainConfig(rank=24, density=0.03, alpha=8, target_modules=("self_attn", "mlp")),
+    "low_rank": LowRankConfig(rank=24, alpha=8, target_modules=("self_attn", "mlp")),
 }
 
 
@@ -46,7 +49,7 @@ def saved_bytes(model, ids):
 def test_formula_matches_saved_tensors(name, dtype, checkpointing, attention):
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**FIELDS, use_cache=False, attn_implementation=attention))
-    model = methods.convert(model, METHODS[name]).to(dtype).train()
+    model = convert(model, METHODS[name]).to(dtype).train()
     modes.set_op_mode(model, "compose")  # which is what the formula counts
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -3,9 +3,13 @@ import pytest
 torch = pytest.importorskip("torch")
 from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
 
-from sltrain_ds import methods  # noqa: E402
 from sltrain_ds.errors import UserError  # noqa: E402
-from sltrain_ds.memory.count import REPLACEMENTS, Shape, count, targeted  # noqa: E402
+from sltrain_ds.memory.count import Shape, count, targeted  # noqa: E402
+from sltrain_ds.methods import registry  # noqa: E402
+from sltrain_ds.methods.convert import convert  # noqa: E402
+from sltrain_ds.methods.full_rank import FullRankConfig  # noqa: E402
+from sltrain_ds.methods.low_rank import LowRankConfig  # noqa: E402
+from sltrain_ds.methods.sltrain import SLTrainConfig  # noqa: E402
 from sltrain_ds.optim.build import parameter_groups  # noqa: E402
 
 LLAMA = {"vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -19,11 +23,11 @@ MODELS = {
     "mistral": {**LLAMA, "model_type": "mistral", "num_key_value_heads": 2, "tie_word_embeddings": False},
 }
 METHODS = {
-    "sltrain": methods.SLTrainConfig(rank=6, density=0.05, alpha=8, target_modules=("self_attn", "mlp")),
-    "low_rank": methods.LowRankConfig(rank=5, alpha=8, target_modules=("mlp.down_proj", "q_proj")),
-    "full_rank": methods.FullRankConfig(),
+    "sltrain": SLTrainConfig(rank=6, density=0.05, alpha=8, target_modules=("self_attn", "mlp")),
+    "low_rank": LowRankConfig(rank=5, alpha=8, target_modules=("mlp.down_proj", "q_proj")),
+    "full_rank": FullRankConfig(),
 }
-METHODS["head too"] = methods.SLTrainConfig(rank=6, density=0.05, alpha=8, target_modules=("mlp", "lm_head"))
+METHODS["head too"] = SLTrainConfig(rank=6, density=0.05, alpha=8, target_modules=("mlp", "lm_head"))
 
 
 def named(config, name):
@@ -41,7 +45,7 @@ def test_counts_what_the_model_holds(kind, method):
     fields = dict(MODELS[kind])
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(fields.pop("model_type", "llama"), **fields))
-        model = methods.convert(model, config)
+        model = convert(model, config)
     ours = count(Shape.of(MODELS[kind]), named(config, name))
     assert {t.name: t.shape for t in ours.tensors} == {n: tuple(p.shape) for n, p in model.named_parameters()}
 
@@ -53,12 +57,12 @@ def test_counts_what_the_model_holds(kind, method):
 
 
 def test_every_method_can_be_counted():
-    assert set(REPLACEMENTS) == set(methods.METHODS)
+    assert {name for name, *_ in METHODS.items()} - {"head too"} == set(registry.METHODS)
 
 
 def test_wide_inputs_take_int32_columns():
     fields = {**LLAMA, "intermediate_size": 65_540}
-    config = methods.SLTrainConfig(rank=1, density=0.001, alpha=1, target_modules=("down_proj",))
+    config = SLTrainConfig(rank=1, density=0.001, alpha=1, target_modules=("down_proj",))
     support = count(Shape.of(fields), named(config, "sltrain")).supports[0]
     assert support.bytes == 4 * 49 + 4 * int(0.001 * 48 * 65_540)
 

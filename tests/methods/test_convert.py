@@ -18,7 +18,8 @@ from transformers import (
 
 from sltrain_ds import SLTrainConfig, SLTrainLinear, convert
 from sltrain_ds.errors import UserError
-from sltrain_ds.methods import MethodLinear, get
+from sltrain_ds.methods.layer import MethodLinear
+from sltrain_ds.methods.registry import get
 from sltrain_ds.ops import workspace
 
 SMALL = {
@@ -61,7 +62,7 @@ def test_architectures_convert_run_and_train(name, method):
     linears = {
         n: (m.in_features, m.out_features, m.bias is not None) for n, m in model.named_modules() if type(m) is nn.Linear
     }
-    config = CONFIG if method == "sltrain" else get(method).config(rank=4, alpha=8)
+    config = CONFIG if method == "sltrain" else get(method)(rank=4, alpha=8)
     assert convert(model, config) is model
     assert converted_names(model) == {f"{prefix}.{i}.{child}" for i in range(2) for child in children}
     for module_name in converted_names(model):
@@ -117,7 +118,7 @@ def test_targets_by_component_and_path():
 def test_full_rank_leaves_the_model_as_it_is():
     model = llama()
     before = dict(model.named_parameters())
-    assert convert(model, get("full_rank").config()) is model
+    assert convert(model, get("full_rank")()) is model
     assert all(p is before[name] for name, p in model.named_parameters()) and not converted_names(model)
 
 

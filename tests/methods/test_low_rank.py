@@ -4,8 +4,8 @@ import torch
 from bounds import close, of_chain
 
 from sltrain_ds.errors import UserError
-from sltrain_ds.methods import get
-from sltrain_ds.methods.low_rank import LowRankLinear, gaussian_spectrum
+from sltrain_ds.methods.low_rank_layer import LowRankLinear, gaussian_spectrum
+from sltrain_ds.methods.registry import get
 
 
 @pytest.mark.parametrize("out, in_, rank, alpha", [(96, 64, 8, 32), (40, 120, 40, 1), (7, 5, 1, 8)])
@@ -47,6 +47,6 @@ def test_bad_arguments_are_refused():
     with pytest.raises(UserError, match=r"rank = 6 exceeds min\(in, out\) = 5"):
         LowRankLinear(5, 9, rank=6, alpha=1)
     with pytest.raises(UserError, match="init_std = 0 must be above 0"):
-        get("low_rank").config(rank=2, alpha=1, init_std=0)
+        get("low_rank")(rank=2, alpha=1, init_std=0)
     with pytest.raises(UserError, match=r"'galore' is not known; choose one of sltrain, full_rank, low_rank"):
         get("galore")

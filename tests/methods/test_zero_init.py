@@ -6,7 +6,7 @@ CODE = """
 import deepspeed, torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from sltrain_ds import SLTrainConfig, SLTrainLinear, convert
-from sltrain_ds.methods import get
+from sltrain_ds.methods.low_rank_layer import LowRankLinear
 
 deepspeed.init_distributed("gloo", verbose=False)
 settings = {"train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": True}, "zero_optimization": {"stage": 3}}
@@ -15,7 +15,7 @@ llama = LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1, n
 def build():
     torch.manual_seed(11)
     sltrain = SLTrainLinear(24, 40, rank=5, density=0.2, alpha=10, bias=True, layer_name="a")
-    return sltrain, get("low_rank").layer(24, 40, rank=5, alpha=10)
+    return sltrain, LowRankLinear(24, 40, rank=5, alpha=10)
 
 def same(plain, partitioned):
     for (name, p), (_, q) in zip(plain.named_parameters(), partitioned.named_parameters(), strict=True):

@@ -1,6 +1,7 @@
 """The CUDA kernels without a GPU: compiled by nvcc where it is, and run on the host, thread by thread (cuda_host/)."""
 
 import os
+import re
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -194,6 +195,21 @@ def test_nvcc_builds_the_library_and_it_loads_without_a_gpu(tmp_path):
     assert b"sm_80" in code and b"sm_90a" in code
     if not torch.cuda.is_available():
         assert built.probe(0)  # says why it cannot run
+
+
+def test_the_digest_covers_every_file_of_the_kernels_folder(tmp_path, monkeypatch):
+    folder = tmp_path / "csrc" / "cuda"
+    shutil.copytree(sources.directory() / "cuda", folder)
+    assert all("/" not in name for path in folder.iterdir() for name in re.findall('#include "(.*)"', path.read_text()))
+    monkeypatch.setattr(sources, "directory", lambda: folder.parent)
+    seen = {cuda_build.digest()}
+    (folder / "shared.h").touch()
+    for path in sorted(folder.iterdir()):
+        path.write_text(path.read_text() + "// changed\n")
+        seen.add(cuda_build.digest())
+    assert len(seen) == 1 + len(list(folder.iterdir()))
+    (folder.parent / "cpu.h").write_text("// the CPU's alone\n")
+    assert cuda_build.digest() in seen
 
 
 def test_a_failed_build_says_why_and_leaves_nothing(tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from sltrain_ds.methods import SLTrainLinear
+from sltrain_ds.methods.sltrain_layer import SLTrainLinear
 from sltrain_ds.ops import keep_step, sltrain_linear
 from sltrain_ds.ops.keep_step import micro_batches
 

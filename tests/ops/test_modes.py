@@ -5,7 +5,7 @@ import torch
 
 from sltrain_ds.config import op_mode
 from sltrain_ds.errors import UserError
-from sltrain_ds.methods import SLTrainLinear
+from sltrain_ds.methods.sltrain_layer import SLTrainLinear
 from sltrain_ds.ops import modes, spmm
 
 WIDE, TALL = "64x32", "32x64"

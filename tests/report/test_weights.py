@@ -7,7 +7,7 @@ from bounds import of_sum
 from tiny_runs import METHODS, model, save_checkpoint
 
 from sltrain_ds.errors import UserError
-from sltrain_ds.methods import MethodLinear
+from sltrain_ds.methods.layer import MethodLinear
 from sltrain_ds.models.converted import save_converted
 from sltrain_ds.report.weights import layers, open_weights
 

@@ -6,7 +6,8 @@ import math
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sltrain_ds import methods
+from sltrain_ds.methods.convert import convert
+from sltrain_ds.methods.registry import get
 
 MODEL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 METHODS = {
@@ -49,7 +50,7 @@ def line(step):
 def model(method="sltrain", seed=0):
     torch.manual_seed(seed)
     block = {key: value for key, value in METHODS[method].items() if key != "name"}
-    built = methods.convert(LlamaForCausalLM(LlamaConfig(**MODEL)), methods.get(method).config(**block))
+    built = convert(LlamaForCausalLM(LlamaConfig(**MODEL)), get(method)(**block))
     with torch.no_grad():
         for name, parameter in built.named_parameters():
             if name.endswith(".B"):

@@ -1,8 +1,7 @@
 // Runs the 8-bit Adam step, the scatter and the gather once through the host shim, for ThreadSanitizer to watch.
 
+#include "adam8bit.h"
 #include "launchers.h"
-
-#include "../adam8bit.h"
 
 #include <cstdio>
 #include <vector>

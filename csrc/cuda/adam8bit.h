@@ -1,6 +1,7 @@
-// One element of the blockwise 8-bit Adam step, for the CPU and the CUDA kernel: shared, so that both give the same bits.
-// Every product and sum is rounded by itself: adam8bit.cpp switches contraction to FMA off, nvcc gets -fmad=false.
-// Free of torch and CUDA headers. sltrain_ds/ops/adam8bit.py says what is computed and builds the tables.
+// One element of the blockwise 8-bit Adam step, for the CPU and the CUDA kernel: shared, so that both give the same
+// bits. Every product and sum is rounded by itself: adam_block.h switches contraction to FMA off, nvcc gets
+// -fmad=false. Free of torch and CUDA headers. sltrain_ds/ops/adam8bit.py says what is computed and builds the tables.
+// It lies in this folder because the CUDA library's digest covers all of it.
 #pragma once
 
 #include <cmath>
@@ -15,12 +16,12 @@
 
 namespace sltrain {
 
-constexpr int kStateBlock = 256;         // values that share one absmax
-constexpr int kZeroCode = 127;           // where the signed map holds 0
-constexpr int kBucketShift = 16;         // a bucket: floats that agree in exponent and the first 7 mantissa bits
-constexpr int kFirstBucket = 104 << 7;   // 2^-23, below every bound between two codes
-constexpr int kBuckets = 23 * 128 + 1;   // up to 1.0
-constexpr int kCarryBits = 17;           // a bucket's entry: the bounds below it, above these bits; they carry past its own
+constexpr int kStateBlock = 256;        // values that share one absmax
+constexpr int kZeroCode = 127;          // where the signed map holds 0
+constexpr int kBucketShift = 16;        // a bucket: floats that agree in exponent and the first 7 mantissa bits
+constexpr int kFirstBucket = 104 << 7;  // 2^-23, below every bound between two codes
+constexpr int kBuckets = 23 * 128 + 1;  // up to 1.0
+constexpr int kCarryBits = 17;  // a bucket's entry: the bounds below it, above these bits; they carry past its own
 constexpr int kTableWords = 2 * 256 + 2 * kBuckets;  // signed map, unsigned map, buckets of each
 
 // The scalars of a step, each rounded to fp32 once.

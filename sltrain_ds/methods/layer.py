@@ -1,6 +1,5 @@
-"""What every method's layer offers the rest of the house, and what the registry knows of a method."""
+"""The base class of the layers that methods put in place of ``nn.Linear``."""
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -12,9 +11,11 @@ class MethodLinear(nn.Module):
 
     Attributes: in_features, out_features, bias (Parameter (out,) or None), layer_name (canonical dotted name, kept at
     convert). ``roles`` maps a parameter's own name to "factors", "sparse" or "dense"; what is not named is "dense".
+    ``index`` names the integer buffers that say where sparse values belong.
     """
 
     roles: ClassVar[dict[str, str]] = {}
+    index: ClassVar[tuple[str, ...]] = ()
 
     in_features: int
     out_features: int
@@ -37,17 +38,6 @@ class MethodLinear(nn.Module):
     def flops_per_token(self) -> int:
         """Forward multiply-adds x 2 of one token."""
         return 2 * self.in_features * self.out_features
-
-
-@dataclass(frozen=True)
-class Method:
-    """A registry entry: ``config`` is the method's dataclass, ``layer`` its MethodLinear, None where nn.Linear
-    stays.
-    """
-
-    name: str
-    config: type
-    layer: type[MethodLinear] | None
 
 
 def uniform(shape, bound: float, generator: torch.Generator | None) -> torch.Tensor:
