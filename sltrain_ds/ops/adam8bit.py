@@ -101,7 +101,7 @@ def adam8bit_reference(
 
 
 def stepped(p, g, m, v, lr, beta1, beta2, eps, weight_decay, decoupled, step, grad_scale):
-    """(parameter, moment, second moment) after a step, float32 (n,) each, by `adam_update` of csrc/cuda/adam8bit.h."""
+    """Parameter, first and second moment after a step, float32 (n,) each, by `adam_update` of csrc/cuda/adam8bit.h."""
     wide = p.reshape(-1).float()
     grad = g.reshape(-1).float() * grad_scale + wide * (0.0 if decoupled else weight_decay)
     m = m * beta1 + grad * (1.0 - beta1)
