@@ -1,5 +1,5 @@
-// Blockwise 4-bit Adam step on the CPU: two codes a byte, 128 values under one absmax; sltrain_ds/ops/adam4bit.py says
-// why. Works on 256 values at a time, as the 8-bit step does and as the rounding noise is keyed.
+// Blockwise 4-bit Adam step on the CPU: two codes per byte, 128 values share one absmax; see
+// sltrain_ds/ops/adam4bit.py. Processes 256 values at a time, like the 8-bit step and the keying of the rounding noise.
 
 #include "adam_block.h"
 
@@ -8,15 +8,15 @@
 namespace sltrain {
 namespace {
 
-constexpr int kHalf = kStateBlock / 2;  // values that share one absmax
-constexpr int kBytes = kHalf / 2;       // that hold their codes
+constexpr int kHalf = kStateBlock / 2;  // values that share an absmax
+constexpr int kBytes = kHalf / 2;       // of their codes
 constexpr int kCodes = 16, kBounds = kCodes - 1;
 
 struct Map {
   float values[kCodes], bounds[kBounds];  // ascending; a bound is the mean of its neighbours
 };
 
-// Half a block: its bytes to its values.
+// Unpacks half a block: bytes to values.
 ANY_LEVEL void dequantize(const Map& map, const uint8_t* __restrict bytes, float absmax, float* __restrict out) {
   float scaled[kCodes];
   for (int k = 0; k < kCodes; ++k) scaled[k] = map.values[k] * absmax;
@@ -26,7 +26,7 @@ ANY_LEVEL void dequantize(const Map& map, const uint8_t* __restrict bytes, float
   }
 }
 
-// And back: a code is how many bounds lie below the value in units of the absmax, so the nearest, the lower at ties.
+// Packs half a block. A code is the number of bounds below value / absmax: the nearest code, the lower one at ties.
 ANY_LEVEL void quantize(const Map& map, const float* __restrict x, float inverse, uint8_t* __restrict bytes) {
   int32_t codes[kHalf];
   for (int i = 0; i < kHalf; ++i) codes[i] = 0;
@@ -44,7 +44,7 @@ AVX512 void dequantize_avx512(const Map& map, const uint8_t* bytes, float absmax
   const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
   for (int i = 0; i < kHalf; i += 32) {
     const __m512i pair = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes + i / 2)));
-    const __m512 even = _mm512_permutexvar_ps(pair, scaled);  // by the lowest four bits
+    const __m512 even = _mm512_permutexvar_ps(pair, scaled);  // indexes with the lowest four bits
     const __m512 odd = _mm512_permutexvar_ps(_mm512_srli_epi32(pair, 4), scaled);
     _mm512_storeu_ps(out + i, _mm512_permutex2var_ps(even, first, odd));
     _mm512_storeu_ps(out + i + 16, _mm512_permutex2var_ps(even, second, odd));
@@ -62,14 +62,14 @@ AVX512 void quantize_avx512(const Map& map, const float* x, float inverse, uint8
     for (int k = 0; k < kBounds; ++k) {
       code = _mm512_mask_add_epi32(code, _mm512_cmp_ps_mask(value, bounds[k], _CMP_GT_OQ), code, one);
     }
-    const __m512i pair = _mm512_or_si512(code, _mm512_srli_epi64(code, 28));  // the odd one above the even
+    const __m512i pair = _mm512_or_si512(code, _mm512_srli_epi64(code, 28));  // the odd code above the even one
     _mm_storel_epi64(reinterpret_cast<__m128i*>(bytes + i / 2), _mm512_cvtepi64_epi8(pair));
   }
 }
 #endif
 
 ANY_LEVEL float largest(const float* __restrict x) {
-  uint32_t bits = 0;  // exact in any order, and NaN is above everything
+  uint32_t bits = 0;  // exact in any order; NaN is the maximum
   for (int i = 0; i < kHalf; ++i) {
     const uint32_t magnitude = bits_of(x[i]) & 0x7FFFFFFFu;
     bits = magnitude > bits ? magnitude : bits;
@@ -131,7 +131,7 @@ void run(const AdamStep& s, const Map& signed_map, const Map& unsigned_map, int6
       at_level<update>(s, block, unused_m, unused_v);
       narrow_state(signed_map, block.m, count, scale_m, block.m8);
       narrow_state(unsigned_map, block.v, count, scale_v, block.v8);
-      if (n % 2) {  // the last half byte belongs to no value
+      if (n % 2) {  // the last half byte is unused
         block.m8[packed - 1] &= 15u;
         block.v8[packed - 1] &= 15u;
       }

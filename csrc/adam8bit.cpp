@@ -1,6 +1,5 @@
-// Blockwise 8-bit Adam step on the CPU; cuda/adam8bit.h says what happens to one element, sltrain_ds/ops/adam8bit.py
-// why. A block of 256 values is worked on by one thread from end to end, so results do not depend on the number of
-// threads.
+// Blockwise 8-bit Adam step on the CPU; cuda/adam8bit.h defines the update of one element, sltrain_ds/ops/adam8bit.py
+// explains it. One thread processes a whole block of 256 values, so results do not depend on the number of threads.
 
 #include "adam_block.h"
 
@@ -21,7 +20,7 @@ ANY_LEVEL void dequantize(const float* __restrict map, const uint8_t* __restrict
 
 ANY_LEVEL void quantize(bool is_signed, const uint32_t* __restrict buckets, const float* __restrict x, float inverse,
                         uint8_t* __restrict codes) {
-  int32_t words[kStateBlock];  // gcc vectorises look-ups into full words
+  int32_t words[kStateBlock];  // gcc vectorises look-ups of full words
   if (is_signed) {
     for (int i = 0; i < kStateBlock; ++i) words[i] = quantize_signed(buckets, x[i] * inverse);
   } else {
@@ -31,7 +30,7 @@ ANY_LEVEL void quantize(bool is_signed, const uint32_t* __restrict buckets, cons
 }
 
 #ifdef SLTRAIN_X86
-// The two look-ups once more: gcc does not gather by itself.
+// The two look-ups with intrinsics: gcc does not generate gathers.
 AVX512 void dequantize_avx512(const float* map, const uint8_t* codes, float absmax, float* out) {
   const __m512 scale = _mm512_set1_ps(absmax);
   for (int i = 0; i < kStateBlock; i += 16) {

@@ -1,8 +1,8 @@
-// What the blockwise Adam steps on the CPU share: a block of 256 values in fp32, on its way in and out.
-// Include it first: its first lines are about how everything behind them is compiled.
+// Shared by the blockwise Adam steps on the CPU: loads and stores of a block of 256 values in fp32.
+// Include it first: its first lines set how all following code is compiled.
 #pragma once
 
-// sums and products keep their own roundings at every level; square roots vectorise by the build's -fno-math-errno
+// sums and products are rounded separately at every level; square roots vectorise due to the build's -fno-math-errno
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC optimize("fp-contract=off")
 #elif defined(__clang__)
@@ -26,9 +26,9 @@
 namespace sltrain {
 namespace {
 
-constexpr int kAhead = 2;  // blocks between the one that is prefetched and the one that is worked on
+constexpr int kAhead = 2;  // blocks between the prefetched one and the current one
 
-// One block in fp32, padded with zeros where it is ragged.
+// One block in fp32; an incomplete block is padded with zeros.
 struct Block {
   alignas(64) float p[kStateBlock], g[kStateBlock], m[kStateBlock], v[kStateBlock];
   alignas(64) uint8_t m8[kStateBlock], v8[kStateBlock];  // codes
@@ -62,7 +62,7 @@ inline void read(const c10::BFloat16* from, int64_t n, float* to, uint16_t* half
 inline void write(const Block& block, int64_t n, float* to) { std::copy_n(block.p, n, to); }
 inline void write(const Block& block, int64_t n, c10::BFloat16* to) { std::memcpy(to, block.half, n * sizeof *to); }
 
-// A block's worth, on its way into the cache: four arrays at once are more than some CPUs follow by themselves.
+// Prefetches one block: some CPUs' hardware prefetchers do not follow four arrays at once.
 template <int kCount = kStateBlock, typename T>
 void prefetch(const T* from) {
 #ifdef __GNUC__
@@ -71,7 +71,7 @@ void prefetch(const T* from) {
 }
 
 // p, m and v after the step, and the largest |m| and |v| as integers: their maximum is exact in any order, and NaN is
-// above everything
+// the maximum
 ANY_LEVEL void update(const AdamStep& s, Block& block, float& absmax_m, float& absmax_v) {
   const AdamStep step = s;
   const float* __restrict g = block.g;
@@ -93,7 +93,7 @@ ANY_LEVEL void update(const AdamStep& s, Block& block, float& absmax_m, float& a
   absmax_v = float_of(largest_v);
 }
 
-// The block's parameters as bf16 bits, in block.half.
+// Writes the block's parameters as bf16 bits to block.half.
 inline void round_parameters(const AdamStep& s, int64_t noise_block, Block& block) {
   if (s.stochastic) {
     at_level<round_stochastically>(block_noise(s, noise_block), block.p, block.half);
@@ -102,7 +102,7 @@ inline void round_parameters(const AdamStep& s, int64_t noise_block, Block& bloc
   }
 }
 
-// Calls with(p, g) with pointers of the tensors' types, float or bfloat16 each.
+// Calls with(p, g) with pointers to the tensors' types, float or bfloat16 each.
 template <typename With>
 void with_types(const at::Tensor& p, const at::Tensor& g, const With& with) {
   const auto with_gradient = [&](auto* parameter) {

@@ -1,5 +1,5 @@
-// Schema of the 8-bit and the 4-bit Adam step and their CPU kernels (adam8bit.cpp, adam4bit.cpp). Tracing needs nothing
-// but the schema, since they return nothing.
+// Schema of the 8-bit and the 4-bit Adam step and their CPU kernels (adam8bit.cpp, adam4bit.cpp). They return nothing,
+// so tracing only needs the schema.
 
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>

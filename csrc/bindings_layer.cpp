@@ -1,5 +1,5 @@
-// Schema of a layer's whole pass (layer.cpp), of the scratch it shares (workspace.cpp) and of the CUDA kernels'
-// addresses (moves.cpp).
+// Schema of a layer's whole pass (layer.cpp), of the shared scratch (workspace.cpp) and of the CUDA kernels' addresses
+// (moves.cpp).
 
 #include "layer.h"
 

@@ -1,5 +1,5 @@
-// Schema of the dense and sparse products that the layer is made of, and of the gradients' norm; gemm.cpp, spmm.cpp and
-// norm.cpp say what they do.
+// Schema of the layer's dense and sparse products and of the gradients' norm; documented in gemm.cpp, spmm.cpp and
+// norm.cpp.
 
 #include "ops.h"
 

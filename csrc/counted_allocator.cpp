@@ -1,5 +1,5 @@
-// The CPU allocator that counts: bytes of torch's tensors alive now, and the most at once. The CPU then tells what the
-// caching allocator tells on CUDA. A block's size stands in the 64 bytes before it, so that the release knows it.
+// Counting CPU allocator: current and peak bytes of torch's tensors, like the statistics of the caching allocator on
+// CUDA. A block's size is stored in the 64 bytes before it, for its release.
 
 #include <ATen/core/Tensor.h>
 #include <c10/core/Allocator.h>
@@ -53,13 +53,13 @@ struct CountedAllocator final : c10::Allocator {
 
 void count_cpu_bytes() {
   static const bool once = [] {
-    c10::SetCPUAllocator(new CountedAllocator, 1);  // lives as long as the process: blocks outlast everything
+    c10::SetCPUAllocator(new CountedAllocator, 1);  // never destroyed: blocks may outlive everything else
     return true;
   }();
   (void)once;
 }
 
-// (alive now, most alive since the last reset), bytes; reset starts the most anew from now
+// (current bytes, peak bytes since the last reset); `reset` restarts the peak from the current bytes
 std::tuple<int64_t, int64_t> cpu_bytes(bool reset) {
   const int64_t alive = now.load(), most = peak.load();
   if (reset) peak.store(alive);

@@ -1,4 +1,4 @@
-// Finds the level and reads SLTRAIN_CPU; sltrain_ds/ops/cpu_level.py checks the variable before anything runs.
+// Detects the CPU level and reads SLTRAIN_CPU; sltrain_ds/ops/cpu_level.py checks the variable before anything runs.
 
 #include "cpu.h"
 
@@ -22,7 +22,7 @@ namespace {
 
 const char* const kNames[] = {"portable", "avx2", "avx512", "avx512_bf16", "amx"};  // by CpuLevel
 
-// Whether the kernel lets this process use the tile registers: it gives them on request alone.
+// Whether the kernel lets this process use the tile registers; it grants them only on request.
 bool tiles_granted() {
 #if defined(SLTRAIN_X86) && defined(__linux__)
   constexpr int kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM

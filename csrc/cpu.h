@@ -1,6 +1,6 @@
-// What this processor has, found once: every function that is compiled for several kinds of x86-64 asks here which to
-// run. SLTRAIN_CPU=avx2, say, forces a lower level, so that one machine can test them all. A build serves all nodes of
-// a cluster.
+// Instruction-set level of this processor, detected once; functions compiled for several levels of x86-64 are
+// dispatched by it. SLTRAIN_CPU, for example avx2, forces a lower level, so that one machine can test all of them. One
+// build works on all nodes of a cluster.
 #pragma once
 
 #include <utility>
@@ -13,12 +13,12 @@
 
 namespace sltrain {
 
-// Each has all that those before it have.
+// Each level includes all lower ones.
 enum class CpuLevel { kPortable, kAvx2, kAvx512, kAvx512Bf16, kAmx };
 
-CpuLevel cpu_level();  // the one in force
+CpuLevel cpu_level();  // the level in use
 
-// A function that at_level runs: inlined into a caller for each level.
+// A function for at_level: inlined into one caller per level.
 #define ANY_LEVEL inline __attribute__((always_inline))
 
 #ifdef SLTRAIN_X86
@@ -38,7 +38,7 @@ auto at_portable(Args&&... args) {
   return kFunction(std::forward<Args>(args)...);
 }
 
-// kFunction(args...), compiled for the level in force.
+// kFunction(args...), compiled for the level in use.
 template <auto kFunction, typename... Args>
 auto at_level(Args&&... args) {
 #ifdef SLTRAIN_X86

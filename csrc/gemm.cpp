@@ -1,5 +1,5 @@
-// out = alpha a b (+ out, or + bias), in fixed blocks of the output, each by one thread: the bits of a library's GEMM
-// may depend on how many threads share it, these do not.
+// out = alpha a b (+ out, or + bias), in fixed blocks of the output, each computed by one thread. Unlike with a
+// library's multi-threaded GEMM, the bits do not depend on the number of threads.
 
 #include "ops.h"
 
@@ -14,12 +14,12 @@
 #include <algorithm>
 #include <type_traits>
 
-extern "C" int MKL_Set_Num_Threads_Local(int threads) __attribute__((weak));  // absent where torch is without MKL
+extern "C" int MKL_Set_Num_Threads_Local(int threads) __attribute__((weak));  // absent if torch is built without MKL
 
 namespace sltrain {
 namespace {
 
-// While it lives, libraries called from this thread plan for one thread; being in a parallel region is not enough.
+// While it exists, libraries called from this thread use one thread; being in a parallel region is not enough.
 class OneThread {
  public:
   OneThread() : openmp_(omp_get_max_threads()), mkl_(MKL_Set_Num_Threads_Local ? MKL_Set_Num_Threads_Local(1) : 0) {
@@ -35,10 +35,10 @@ class OneThread {
   int openmp_, mkl_;
 };
 
-constexpr int64_t kWorth = 1 << 20;  // multiply-adds from which on two threads may share them
+constexpr int64_t kWorth = 1 << 20;  // multiply-adds from which the output is split
 constexpr int64_t kShortest = 256;   // side of a block
 
-// Blocks to aim at: one for each core that the machine has, whatever this process may use of them.
+// Target number of blocks: the machine's number of cores, independent of how many this process may use.
 int64_t enough() {
   static const int64_t count = std::clamp<int64_t>(sysconf(_SC_NPROCESSORS_CONF), 2, 256);
   return count;
@@ -53,10 +53,10 @@ typedef uint16_t Eight __attribute__((vector_size(16), may_alias, aligned(2)));
 #define ZIP_LOW(a, b) SHUFFLE(a, b, 0, 8, 1, 9, 2, 10, 3, 11)
 #define ZIP_HIGH(a, b) SHUFFLE(a, b, 4, 12, 5, 13, 6, 14, 7, 15)
 
-// a (rows, columns) of a two-byte type, stored by columns, as a row-major tensor
+// Row-major copy of a (rows, columns), a column-major matrix of a two-byte type
 at::Tensor turned(const at::Tensor& a) {
   typedef uint16_t Mask __attribute__((vector_size(16)));
-  constexpr int64_t kLine = 32;  // elements of a cache line
+  constexpr int64_t kLine = 32;  // elements per cache line
   const int64_t rows = a.size(0), columns = a.size(1), stride = a.stride(1);
   auto result = at::empty({rows, columns}, a.options());
   const uint16_t* from = static_cast<const uint16_t*>(a.const_data_ptr());
@@ -67,7 +67,7 @@ at::Tensor turned(const at::Tensor& a) {
       for (int64_t r = line; r < std::min(line + kLine, whole_rows); r += 8) {
         Eight v[8], w[8];
         for (int i = 0; i < 8; ++i) v[i] = *reinterpret_cast<const Eight*>(from + (c + i) * stride + r);
-        // three perfect shuffles of the eight vectors turn the tile
+        // three perfect shuffles of the eight vectors transpose the tile
         for (int i = 0; i < 4; ++i) w[2 * i] = ZIP_LOW(v[i], v[i + 4]), w[2 * i + 1] = ZIP_HIGH(v[i], v[i + 4]);
         for (int i = 0; i < 4; ++i) v[2 * i] = ZIP_LOW(w[i], w[i + 4]), v[2 * i + 1] = ZIP_HIGH(w[i], w[i + 4]);
         for (int i = 0; i < 4; ++i) w[2 * i] = ZIP_LOW(v[i], v[i + 4]), w[2 * i + 1] = ZIP_HIGH(v[i], v[i + 4]);
@@ -94,18 +94,18 @@ void gemm(at::Tensor& out, const at::Tensor& a, const at::Tensor& b, double alph
   const int64_t M = out.size(0), N = out.size(1);
   TORCH_CHECK(a.size(0) == M && b.size(1) == N && a.size(1) == b.size(0), "gemm: shapes do not fit");
   if (M == 0 || N == 0 || gemm_amx(out, a, b, alpha, add, bias)) return;
-  // a narrow type's library kernels want `a` row-major: each thread turns its own rows, so split rows alone
+  // for narrow types library kernels need a row-major `a`: each thread transposes its own rows, so only rows are split
   const bool turn = a.element_size() == 2 && a.stride(0) == 1 && a.stride(1) != 1 && a.size(1) > 1 && M > 1;
   int64_t rows = M, columns = N;
   while (M * N * a.size(1) >= kWorth && blocks(M, rows) * blocks(N, columns) < enough()) {
-    // long rows of a suit the libraries best, so columns go first, down to a point
+    // libraries are fastest with long rows of a, so columns are split first, down to a limit
     int64_t& side = turn && rows >= 2 * kShortest ? rows : columns >= rows || columns >= 4 * kShortest ? columns : rows;
     if (side < 2 * kShortest && blocks(M, rows) * blocks(N, columns) > 1) break;
     side = side > 64 ? (side / 2 + 31) / 32 * 32 : (side + 1) / 2;
   }
   const int64_t across = blocks(N, columns);
   at::parallel_for(0, blocks(M, rows) * across, 1, [&](int64_t begin, int64_t end) {
-    at::AutoDispatchBelowADInplaceOrView no_autograd;  // a worker has the thread's own state
+    at::AutoDispatchBelowADInplaceOrView no_autograd;  // worker threads have their own dispatch state
     OneThread one_thread;
     for (int64_t i = begin; i < end; ++i) {
       const int64_t row = i / across * rows, column = i % across * columns;

@@ -1,7 +1,7 @@
-// out = alpha a b (+ out, or + bias) in bf16 on the tile units (AMX) of a CPU that has them, where that beats the
-// library: small products, for which a call of it costs more than the arithmetic, and those with a stored by columns
-// (gradients of weights), which it turns first. Sums are formed in fp32, in the order of k, whatever the number of
-// threads, and rounded once.
+// out = alpha a b (+ out, or + bias) in bf16 on a CPU's tile units (AMX), for products where that is faster than the
+// library: small ones, for which a library call costs more than the arithmetic, and those with a column-major a
+// (gradients of weights), which the library transposes first. Sums are accumulated in fp32 in the order of k,
+// independent of the number of threads, and rounded once.
 
 #include "cpu.h"
 #include "ops.h"
@@ -21,14 +21,14 @@
 namespace sltrain {
 namespace {
 
-constexpr int64_t kSide = 32;           // of a block of out: two by two tiles
-constexpr int64_t kSmall = 1 << 26;     // multiply-adds up to which the library is slower on any layout
-constexpr int64_t kDeep = 64;           // blocks of k taken together: a panel of that many stays in the cache
-constexpr int64_t kLargest = 16 << 20;  // bytes of what is packed of b, and of sums that wait for more of k
-constexpr int64_t kGroup = 512 << 10;   // bytes of a that are used together
-constexpr int64_t kWorth = 6 << 20;     // multiply-adds from which on threads share them
+constexpr int64_t kSide = 32;           // side of a block of out: two by two tiles
+constexpr int64_t kSmall = 1 << 26;     // multiply-adds up to which the library is slower for any layout
+constexpr int64_t kDeep = 64;           // blocks of k per pass: a panel of that many stays in the cache
+constexpr int64_t kLargest = 16 << 20;  // bytes of packed b, and of partial sums kept between passes
+constexpr int64_t kGroup = 512 << 10;   // bytes of a used together
+constexpr int64_t kWorth = 6 << 20;     // multiply-adds from which threads share a product
 
-// Memory of a thread that grows and stays.
+// Reusable buffer that only grows; one per thread.
 template <typename T>
 class Scratch {
  public:
@@ -114,8 +114,8 @@ struct Product {
   const uint16_t* bias;
   uint16_t* out;
   int64_t stride;
-  const uint16_t* packed;  // the present blocks of b, in panels of 32 columns
-  float* waiting;          // sums (32, 32) of each block of out, where k is too deep to be taken at once
+  const uint16_t* packed;  // current blocks of b, in panels of 32 columns
+  float* waiting;          // partial sums (32, 32) of each block of out, if k needs several passes
 
   int64_t panels() const { return (b.columns + kSide - 1) / kSide; }
 };
@@ -127,7 +127,7 @@ TILES void run(const Product& p, int64_t begin, int64_t end, int64_t first, int6
   _tile_loadconfig(&config);
   const Matrix& a = p.a;
   const int64_t blocks = end - begin, height = blocks * 2 * kTileElements;  // of a panel: upper tiles, lower tiles
-  // whole tiles of a row-major a are read where they lie; what hangs over the edge, and any other a, is packed first
+  // whole tiles of a row-major a are read in place; partial tiles, and any other a, are packed first
   const auto read = [&](int64_t row) {
     return a.column == 1 && row + kSide <= a.rows ? std::min(end, a.columns / 32) - begin : 0;
   };
@@ -178,7 +178,7 @@ TILES void run(const Product& p, int64_t begin, int64_t end, int64_t first, int6
   _tile_release();
 }
 
-// Blocks [begin, end) of k of b's panels [left, right), each panel's blocks in a row; read as b lies in memory.
+// Packs blocks [begin, end) of k of b's panels [left, right), each panel's blocks contiguous; reads b in memory order.
 TILES void pack_panels(const Matrix& b, int64_t begin, int64_t end, int64_t left, int64_t right, uint16_t* packed) {
   const int64_t blocks = end - begin;
   const auto pack = [&](int64_t panel, int64_t block) TILES {
@@ -226,7 +226,7 @@ bool gemm_amx(at::Tensor& out, const at::Tensor& a, const at::Tensor& b, double 
   auto* to = static_cast<uint16_t*>(out.mutable_data_ptr());
   const Product product{matrix(a), matrix(b), scale, add, row, to, out.stride(0), packed, sums.take(waiting)};
   const int64_t threads = M * N * K >= kWorth ? at::get_num_threads() : 1;
-  // groups of rows that fit the cache; where they are fewer than threads, columns are split too
+  // groups of rows that fit the cache; if there are fewer of them than threads, columns are split too
   const int64_t most = std::max<int64_t>(1, kGroup / (together * 4 * kTileElements));
   const int64_t group = std::clamp<int64_t>((heights + threads - 1) / threads, 1, most);
   const int64_t groups = (heights + group - 1) / group;

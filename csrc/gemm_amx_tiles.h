@@ -1,5 +1,5 @@
-// How matrices of bf16 become tiles for the tile units (AMX): 1 KB each, 16 rows of 32 of k from the left matrix, 16
-// pairs of k by 16 columns from the right one. Included by gemm_amx.cpp alone, where the compiler knows AMX.
+// Packing of bf16 matrices into tiles for the tile units (AMX): 1 KB each, 16 rows by 32 of k from the left matrix, 16
+// pairs of k by 16 columns from the right one. Included only by gemm_amx.cpp, where the compiler supports AMX.
 #pragma once
 
 #include <immintrin.h>
@@ -49,7 +49,7 @@ TILES_INLINE void transpose(__m512i (&r)[16]) {
   }
 }
 
-// tile[i] = 32 neighbours at from + i * stride, i < rows; what lies past rows or width is zero
+// tile[i] = 32 neighbours at from + i * stride, i < rows; zero past `rows` or `width`
 TILES_INLINE void load_rows(const uint16_t* from, int64_t stride, int64_t rows, int64_t width, __m512i (&tile)[16]) {
   const __mmask32 mask = first32(width);
 #pragma GCC unroll 16
@@ -58,7 +58,7 @@ TILES_INLINE void load_rows(const uint16_t* from, int64_t stride, int64_t rows, 
   }
 }
 
-// tile[p] = pairs of 16 neighbours at from + 2 p * stride and from + (2 p + 1) * stride; past `rows` or `width`, zero
+// tile[p] = pairs of 16 neighbours at from + 2 p * stride and from + (2 p + 1) * stride; zero past `rows` or `width`
 TILES_INLINE void load_pairs(const uint16_t* from, int64_t stride, int64_t rows, int64_t width, __m512i (&tile)[16]) {
   const __mmask16 mask = first16(width);
 #pragma GCC unroll 16

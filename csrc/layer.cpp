@@ -1,5 +1,5 @@
-// A layer's forward and backward, one call each. ops/sltrain_linear.py is the reference and says what is computed: this
-// is the same line by line, without the 0.1 ms that Python takes for it, which is what a GPU waits for in small steps.
+// A layer's forward and backward, one call each. ops/sltrain_linear.py is the reference: this is the same computation
+// line by line, without the 0.1 ms of Python overhead, for which a GPU has to wait in small steps.
 
 #include "layer.h"
 
@@ -48,7 +48,7 @@ void sum_columns(Tensor out, const Tensor& x) {
   }
 }
 
-// The parameters and the support, with what the products of a pass share.
+// Parameters and support of a layer, and the products of a pass.
 struct Layer {
   const Tensor A, B, values, rows, columns;
   double scaling;
@@ -68,7 +68,7 @@ struct Layer {
     return W;
   }
 
-  // y (tokens, out) from x (tokens, in), both contiguous; what is kept for the backward
+  // y (tokens, out) from x (tokens, in), both contiguous; returns the tensor kept for the backward
   Tensor forward(const Tensor& x, Tensor y, const std::optional<Tensor>& bias, int64_t mode) const {
     if (builds_W(mode)) {
       const auto W = compose(mode == kKeep ? at::empty({B.size(0), A.size(1)}, x.options()) : workspace(x));
@@ -87,7 +87,7 @@ struct Layer {
     return u;
   }
 
-  // the gradients that are defined: dx (tokens, in), dA, dB, dvalues
+  // writes those gradients that are defined: dx (tokens, in), dA, dB, dvalues
   void backward_of_W(const Tensor& dy, const Tensor& x, const Tensor& W, Tensor dx, Tensor dA, Tensor dB,
                      Tensor dvalues) const {
     if (dx.defined()) product(dx, dy, W.defined() ? W : compose(workspace(x)));
@@ -132,7 +132,7 @@ struct Layer {
   }
 };
 
-// With a graph wanted of the backward itself: the operator's own, whose backward refuses.
+// For create_graph: calls the operator, whose backward raises an error.
 std::vector<Tensor> backward_with_graph(const Tensor& dy, const Tensor& x, const Layer& layer, const Tensor& kept,
                                         int64_t mode, const bool (&needs)[5]) {
   static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("sltrain::linear_backward", "");
@@ -158,7 +158,7 @@ struct LayerFunction : torch::autograd::Function<LayerFunction> {
     const auto kept = layer.forward(as_matrix(x), y.view({-1, B.size(0)}), in_x, mode);
     ctx->set_materialize_grads(false);
     ctx->save_for_backward({x, A, B, values, kept});
-    ctx->saved_data["rows"] = rows;  // past saved-tensor hooks: under checkpointing each costs some 20 us of Python
+    ctx->saved_data["rows"] = rows;  // bypasses saved-tensor hooks: under checkpointing each costs some 20 us of Python
     ctx->saved_data["columns"] = columns;
     ctx->saved_data["scaling"] = scaling;
     ctx->saved_data["mode"] = mode;
@@ -167,7 +167,7 @@ struct LayerFunction : torch::autograd::Function<LayerFunction> {
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list outputs) {
-    variable_list grads(9);  // an entry an argument of forward
+    variable_list grads(9);  // one per argument of forward
     if (!outputs[0].defined()) return grads;
     const auto saved = ctx->get_saved_variables();
     const auto &x = saved[0], &A = saved[1], &B = saved[2], &values = saved[3], &kept = saved[4];

@@ -1,4 +1,4 @@
-// What layer.cpp is made of beside ops.h: the shared scratch, and the two sparse moves on any device.
+// Functions used by layer.cpp in addition to ops.h: the shared scratch, scatter-add and gather on any device.
 #pragma once
 
 #include "ops.h"

@@ -1,5 +1,5 @@
-// The two sparse moves on the CPU (support.cpp) and on CUDA: the kernels of csrc/cuda, whose library
-// sltrain_ds/ops/cuda.py finds and loads, by their addresses.
+// Scatter-add and gather on the CPU (support.cpp) and on CUDA. The kernels of csrc/cuda are called by address;
+// sltrain_ds/ops/cuda.py loads their library.
 
 #include "cuda/launchers.h"
 #include "layer.h"

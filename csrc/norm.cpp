@@ -1,5 +1,5 @@
-// The sum of a tensor's squares, in fp32 within short runs and in fp64 over them: no copy of it in another type, and
-// the same bits for any number of threads.
+// Sum of a tensor's squares, accumulated in fp32 within short runs and in fp64 over them: without a copy in another
+// dtype, and with the same bits for any number of threads.
 
 #include "cpu.h"
 #include "ops.h"

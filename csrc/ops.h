@@ -1,4 +1,4 @@
-// What bindings.cpp registers; each function's file says what it does.
+// Functions registered by bindings.cpp; each is documented in its file.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -15,7 +15,7 @@ void gather(at::Tensor& out, const at::Tensor& W, const at::Tensor& rows, const 
 void gemm(at::Tensor& out, const at::Tensor& a, const at::Tensor& b, double alpha, bool add,
           const std::optional<at::Tensor>& bias);
 bool gemm_amx(at::Tensor& out, const at::Tensor& a, const at::Tensor& b, double alpha, bool add,
-              const std::optional<at::Tensor>& bias);  // whether it could
+              const std::optional<at::Tensor>& bias);  // false if it does not apply
 void column_sum(at::Tensor& out, const at::Tensor& x);
 double sum_of_squares(const at::Tensor& x);
 int64_t spmm_scratch(int64_t tokens, int64_t out_features, int64_t in_features, int64_t nnz, int64_t itemsize);

@@ -1,10 +1,10 @@
-// The sparse half of the factored mode: y += x S^T, and its backward dx += dy S, dS = (dy^T x) on the support.
+// Sparse products of the factored mode: y += x S^T, and its backward dx += dy S, dS = (dy^T x) on the support.
 //
-// Tokens are taken in panels; a panel of an activation is transposed into blocks of `width` tokens (spmm_kernels.h), in
-// which a non-zero costs a few vector multiply-adds. Sums are formed in fp32 (fp64 for fp64) and rounded once. dx runs
-// over the support in column order (spmm_support.h), made anew in every backward: it costs as much as a few tokens, and
-// keeping it would cost 8 bytes a non-zero. Every result is formed by one thread in a fixed order, so bits do not
-// depend on the number of threads.
+// Tokens are processed in panels; a panel of an activation is transposed into blocks of `width` tokens
+// (spmm_kernels.h), in which a non-zero costs a few vector multiply-adds. Sums are accumulated in fp32 (fp64 for fp64)
+// and rounded once. dx uses the support in column order (spmm_support.h), rebuilt in every backward: that costs as much
+// as a few tokens, while keeping it would cost 8 bytes per non-zero. Every result is computed by one thread in a fixed
+// order, so bits do not depend on the number of threads.
 
 #include "cpu.h"
 #include "ops.h"
@@ -19,7 +19,7 @@
 #include <type_traits>
 #include <utility>
 
-#pragma GCC diagnostic ignored "-Wpsabi"  // vectors are passed between inlined functions alone
+#pragma GCC diagnostic ignored "-Wpsabi"  // vectors are passed only between inlined functions
 
 #if defined(__clang__)
 #define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
@@ -78,23 +78,23 @@ namespace {
 #endif
 
 constexpr int64_t kPanel = 256;    // tokens transposed together
-constexpr int64_t kChannels = 32;  // channels whose sums are turned together
-constexpr int64_t kPiece = 2048;   // channels whose sums wait for the next slab
+constexpr int64_t kChannels = 32;  // channels whose sums are transposed together
+constexpr int64_t kPiece = 2048;   // channels whose sums are kept for the next slab
 
-// Vectors of 64 bytes a channel, once widened.
+// Vectors of 64 bytes per channel, after widening.
 int vectors(int64_t tokens) { return tokens > 32 ? 4 : tokens > 16 ? 2 : 1; }
 
-// One activation (tokens, channels), row-major, and the panel that holds some of its tokens, transposed.
+// One activation (tokens, channels), row-major, and the panel with some of its tokens, transposed.
 template <typename T, typename In>
 struct Activation {
-  static constexpr int kPacked = std::is_same_v<In, at::BFloat16> ? 2 : 1;  // tokens in an element of the panel
+  static constexpr int kPacked = std::is_same_v<In, at::BFloat16> ? 2 : 1;  // tokens per element of the panel
   using Panel = std::conditional_t<kPacked == 2, Pair, T>;
 
   In* data;
   int64_t tokens, channels;
-  int width = 0;  // tokens of a block
+  int width = 0;  // tokens per block
   Panel* panel = nullptr;
-  T* sums = nullptr;  // of each thread
+  T* sums = nullptr;  // per thread
 
   Activation(const at::Tensor& matrix)
       : data(const_cast<In*>(matrix.const_data_ptr<In>())), tokens(matrix.size(0)), channels(matrix.size(1)) {}
@@ -197,7 +197,7 @@ void check(const at::Tensor& y, const at::Tensor& x, const at::Tensor& rows, con
   TORCH_CHECK(values.numel() == columns.numel(), "S_columns and the values differ in length");
 }
 
-// body(In{}, T{}, pointer to columns): In the activations' type, T the one sums are formed in
+// Calls body(In{}, T{}, pointer to columns): In is the activations' type, T the accumulation type
 template <typename Body>
 void with_types(const at::Tensor& x, const at::Tensor& columns, const Body& body) {
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "sltrain_spmm", [&] {
@@ -215,7 +215,7 @@ int64_t spmm_scratch(int64_t tokens, int64_t out_features, int64_t in_features, 
   const int64_t column_order = nnz * (4 + wide) + (2 * in_features + 1) * 4;
   const int64_t cuts = (slabs(out_features) * in_features + slabs(in_features) * out_features) * 4;
   const int64_t sums = 2 * at::get_num_threads() * kPiece * 64 * wide;
-  // and the values and their gradient, where they are widened
+  // plus the values and their gradient, if they are widened
   return panels + column_order + cuts + sums + 2 * nnz * wide + 16 * kAlignment;
 }
 

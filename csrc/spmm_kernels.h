@@ -1,10 +1,10 @@
-// The inner loops of the sparse products. Included by spmm.cpp once for each instruction set, with KERNEL_ISA (a
-// namespace) and KERNEL_TARGET (a function attribute) set; so it has no include guard.
+// Inner loops of the sparse products. Included by spmm.cpp once per instruction set, with KERNEL_ISA (a namespace) and
+// KERNEL_TARGET (a function attribute) set; so it has no include guard.
 //
 // A block holds the tokens of one activation, transposed: block[channel * width + token], width = V vectors of 64
-// bytes. Every non-zero of S is then V vector multiply-adds on contiguous memory, and a row's sums stay in registers.
-// What limits it is the second-level cache: so bf16 stays as it is, two tokens in a word (Pair), and is widened in
-// registers.
+// bytes. Every non-zero of S then takes V vector multiply-adds on contiguous memory, and a row's sums stay in
+// registers. The bottleneck is the second-level cache, so bf16 is stored unconverted, two tokens in a word (Pair), and
+// widened in registers.
 
 namespace sltrain {
 namespace {
@@ -19,7 +19,7 @@ struct Vector {
   static constexpr int lanes = 64 / sizeof(T);
 };
 
-// the tokens of one channel of a block, as they are or in Pairs
+// the tokens of one channel of a block, stored singly or in Pairs
 template <int V, typename T, typename Panel>
 KERNEL_INLINE void tokens_of(const Panel* block, size_t channel, typename Vector<T>::type (&out)[V]) {
   using vec = typename Vector<T>::type;
@@ -75,7 +75,7 @@ KERNEL void multiply(const Panel* block, const int32_t* begins, const int32_t* e
   }
 }
 
-// -- turning activations into blocks and back: tiles of kTile x kTile floats, in registers
+// -- transposing activations into blocks and back: tiles of kTile x kTile floats, in registers
 
 constexpr int kTile = KERNEL_LANES;
 typedef float Row __attribute__((vector_size(4 * kTile), may_alias));
@@ -105,7 +105,7 @@ KERNEL_INLINE void store(at::Half* to, Row row) {
   for (int i = 0; i < kTile; ++i) to[i] = static_cast<at::Half>(row[i]);
 }
 
-// Which element of (a, b) goes to place i, in lanes of four: pairs of single elements, pairs of pairs, whole lanes.
+// Which element of (a, b) goes to position i, in lanes of four: pairs of single elements, pairs of pairs, whole lanes.
 template <int High>
 struct Singles {
   static constexpr int at(int i) { return (i % 2) * kTile + i / 4 * 4 + 2 * High + i % 4 / 2; }
@@ -230,7 +230,7 @@ KERNEL void sample(const Panel* row_block, const Panel* column_block, const int3
 // block[channel * width + token] = x[token * stride + channel], channels [first, last); tokens past `tokens` are zero
 template <typename T, typename In>
 KERNEL void fill_block(const In* x, int64_t stride, int tokens, int width, int64_t first, int64_t last, T* block) {
-  constexpr bool tiled = std::is_same_v<T, float>;  // fp64 is there for tests
+  constexpr bool tiled = std::is_same_v<T, float>;  // fp64 is only for tests
   const int whole = tiled ? tokens / kTile * kTile : 0;
   const int64_t edge = tiled ? first + (last - first) / kTile * kTile : first;
   if constexpr (tiled) {

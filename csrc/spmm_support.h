@@ -1,6 +1,6 @@
-// The sparse matrix as the products of spmm.cpp take it: its values in the type that sums are formed in, its rows cut
-// into slabs of columns, and the same matrix in column order. All of it lies in the caller's scratch. Included by
-// spmm.cpp alone.
+// The sparse matrix in the layout of the products of spmm.cpp: values in the accumulation type, rows split into slabs
+// of columns, and the same matrix in column order. All of it is allocated in the caller's scratch. Included only by
+// spmm.cpp.
 #pragma once
 
 #include <ATen/Dispatch.h>
@@ -13,14 +13,14 @@
 namespace sltrain {
 namespace {
 
-constexpr int64_t kSlab = 5632;     // columns of S taken together: their block should stay in a second-level cache
+constexpr int64_t kSlab = 5632;     // columns of S processed together: their block should fit a second-level cache
 constexpr int64_t kAlignment = 64;  // bytes
 
 inline int64_t aligned(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
 inline int64_t slabs(int64_t columns) { return std::max<int64_t>(1, (columns + kSlab - 1) / kSlab); }
 
-// Hands out aligned pieces of the caller's scratch.
+// Allocates aligned pieces of the caller's scratch.
 class Arena {
  public:
   explicit Arena(const at::Tensor& scratch)
@@ -46,7 +46,7 @@ struct Support {
   const int32_t* pointers;
   const Index* columns;
   const T* values;
-  int32_t* cuts;  // where each row enters slabs 1, 2, ...
+  int32_t* cuts;  // where each row starts in slabs 1, 2, ...
 
   Support(int64_t rows, int64_t width, const int32_t* pointers, const Index* columns, const T* values, Arena& arena)
       : rows(rows), width(width), pointers(pointers), columns(columns), values(values),
@@ -66,7 +66,7 @@ struct Support {
   const int32_t* ends(int64_t slab) const { return slab == slabs(width) - 1 ? pointers + 1 : cuts + slab * rows; }
 };
 
-// values as T: the tensor's own where they are, else widened into the arena
+// values as T: the tensor's own if it has that type, else widened into the arena
 template <typename T>
 const T* widened(const at::Tensor& values, Arena& arena) {
   if (values.scalar_type() == c10::CppTypeToScalarType<T>::value) return values.const_data_ptr<T>();
@@ -89,7 +89,7 @@ Support<T, Row> transposed(const Support<T, Index>& S, int64_t in_features, Aren
   int32_t* next = arena.take<int32_t>(in_features);
   Row* rows = arena.take<Row>(nnz);
   T* values = arena.take<T>(nnz);
-  // a thread owns a range of columns and visits every row's part in it
+  // a thread owns a range of columns and visits every row's entries in it
   const auto visit = [&](int64_t begin, int64_t end, const auto& body) {
     for (int64_t row = 0; row < S.rows; ++row) {
       const Index* first = S.columns + S.pointers[row];

@@ -1,6 +1,6 @@
-// The support of S: draw it, add S into W at it, read dW at it.
-// Rows are independent everywhere, so results do not depend on the number of threads.
-// sample_support gives the same bits as sltrain_ds/ops/support.py, which says what is drawn and why.
+// The support of S: drawing it, scatter-add of S into W, gather of dW.
+// Rows are independent in all of them, so results do not depend on the number of threads.
+// sample_support gives the same bits as sltrain_ds/ops/support.py, which documents the method.
 
 #include "cpu.h"
 #include "ops.h"
@@ -19,7 +19,7 @@ namespace sltrain {
 namespace {
 
 constexpr int kRounds = 8;
-constexpr int kBlock = 512;  // indices that go through the network together
+constexpr int kBlock = 512;  // indices evaluated together
 constexpr uint32_t kSmallestSide = 4;
 
 uint64_t mix64(uint64_t z) {
@@ -40,7 +40,7 @@ inline uint32_t add_mod(uint32_t x, uint32_t h, uint32_t m) {
   return sum >= m ? sum - m : sum;
 }
 
-// integers alone: the same bits at every level
+// integers only: the same bits at every level
 ANY_LEVEL void feistel(uint32_t* __restrict left, uint32_t* __restrict right, int n, uint32_t a, uint32_t b,
                        const uint32_t* __restrict keys) {
   for (int r = 0; r < kRounds; r += 2) {
@@ -52,7 +52,7 @@ ANY_LEVEL void feistel(uint32_t* __restrict left, uint32_t* __restrict right, in
   }
 }
 
-// A keyed bijection of [0, size): the network on Z_a x Z_b, and again where a value falls outside.
+// A keyed bijection of [0, size): the Feistel network on Z_a x Z_b, repeated for values that fall outside.
 class Bijection {
  public:
   explicit Bijection(uint64_t size) : size_(size) {
@@ -116,7 +116,7 @@ template <typename Column>
 void draw_columns(const int32_t* rows, Column* columns, int64_t out_features, int64_t in_features, uint64_t key) {
   at::parallel_for(0, out_features, 16, [&](int64_t begin, int64_t end) {
     Bijection bijection(in_features);
-    std::vector<uint64_t> seen((in_features + 63) / 64, 0);  // a bitmap sorts what it holds
+    std::vector<uint64_t> seen((in_features + 63) / 64, 0);  // reading a bitmap in order sorts
     uint64_t drawn[kBlock];
     for (int64_t row = begin; row < end; ++row) {
       const int64_t count = rows[row + 1] - rows[row];
@@ -137,7 +137,7 @@ void draw_columns(const int32_t* rows, Column* columns, int64_t out_features, in
   });
 }
 
-// Calls body(row, first, last) in parallel; whoever works on a row works on all of it.
+// Calls body(row, first, last) in parallel; one thread processes a whole row.
 template <typename Body>
 void for_each_row(const at::Tensor& rows, const Body& body) {
   const int32_t* pointers = rows.const_data_ptr<int32_t>();
@@ -197,7 +197,7 @@ void scatter_add(at::Tensor& W, const at::Tensor& rows, const at::Tensor& column
     using weight_t = scalar_t;
     weight_t* weight = W.mutable_data_ptr<weight_t>();
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, values.scalar_type(), "sltrain_scatter_add", [&] {
-      // one rounding: the sum is formed in fp32, in fp64 where either side is
+      // one rounding: the sum is computed in fp32, or in fp64 if either side is
       using wide_t =
           std::conditional_t<std::is_same_v<weight_t, double> || std::is_same_v<scalar_t, double>, double, float>;
       const scalar_t* value = values.const_data_ptr<scalar_t>();

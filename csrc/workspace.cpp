@@ -1,4 +1,4 @@
-// One scratch matrix for each (device, dtype, stream), shared by all layers; sltrain_ds/ops/workspace.py says why.
+// One scratch matrix per (device, dtype, stream), shared by all layers; see sltrain_ds/ops/workspace.py.
 
 #include "layer.h"
 
@@ -13,10 +13,10 @@ namespace {
 
 using Key = std::tuple<c10::DeviceType, c10::DeviceIndex, at::ScalarType, c10::StreamId>;
 
-std::mutex mutex;  // a GPU's backward runs in a thread of its own
+std::mutex mutex;  // a GPU's backward runs in a separate thread
 
 std::map<Key, at::Tensor>& buffers() {
-  static auto* const held = new std::map<Key, at::Tensor>;  // never destroyed: a GPU may be gone before
+  static auto* const held = new std::map<Key, at::Tensor>;  // never destroyed: the CUDA context may be gone by then
   return *held;
 }
 
@@ -28,7 +28,7 @@ at::Tensor workspace_take(int64_t rows, int64_t columns, at::ScalarType dtype, a
   const std::lock_guard<std::mutex> lock(mutex);
   at::Tensor& buffer = buffers()[{device.type(), device.index(), dtype, stream}];
   if (!buffer.defined() || buffer.numel() < rows * columns) {
-    buffer.reset();  // let the smaller one go before the larger one is made
+    buffer.reset();  // free the smaller one before allocating the larger one
     buffer = at::empty({rows * columns}, at::TensorOptions().dtype(dtype).device(device));
   }
   return buffer.as_strided({rows, columns}, {columns, 1});

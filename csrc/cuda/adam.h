@@ -1,6 +1,6 @@
-// One kernel for every state format: many tensors in a launch, a warp takes 256 values, a lane eight neighbours of
-// them. A format (adam8bit.cu, adam4bit.cu, adam32bit.cu) says how the moments are kept; adam8bit.h what happens to an
-// element. All that a block needs is asked for before any of it is used, behind one branch that the whole warp takes.
+// Adam kernel for every state format: many tensors per launch, 256 values per warp, eight neighbouring values per lane.
+// A format (adam8bit.cu, adam4bit.cu, adam32bit.cu) defines how the moments are stored, adam8bit.h the update of an
+// element. All loads of a block are issued before any of the data is used, behind one branch taken by the whole warp.
 #pragma once
 
 #include "device.h"
@@ -10,10 +10,10 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarpsAtATime = kThreads / kWarp;
-constexpr int kBlocksPerMultiprocessor = 4;  // 64 registers a thread, without spills; 4 x 25.6 kB of tables
-constexpr int kEach = kStateBlock / kWarp;   // values a lane
+constexpr int kBlocksPerMultiprocessor = 4;  // 64 registers per thread, without spills; 4 x 25.6 kB of tables
+constexpr int kEach = kStateBlock / kWarp;   // values per lane
 
-// Eight neighbours, moved at once where they are aligned.
+// Eight neighbouring values, loaded and stored at once if aligned.
 template <typename T>
 struct alignas(sizeof(T) * kEach < 16 ? sizeof(T) * kEach : 16) Eight {
   T at[kEach];
@@ -57,21 +57,21 @@ __device__ __forceinline__ void round_parameter(const BlockNoise& noise, uint32_
 
 __device__ __forceinline__ uint32_t magnitude_of(float x) { return bits_of(x) & 0x7FFFFFFFu; }
 
-// What the kernel is told of a tensor.
+// Arguments of the kernel for one tensor.
 struct AdamTensor {
   void* p;
   const void* g;
   void *m, *v;
   float *absmax_m, *absmax_v;
-  int64_t numel, noise_block;  // the parameter's block that the first of these is
-  int32_t end;                 // blocks of this tensor and of all before it
-  int32_t wide;                // everything lies at multiples of what a lane moves at once
+  int64_t numel, noise_block;  // index of the first block within the parameter
+  int32_t end;                 // blocks of this tensor and all before it
+  int32_t wide;                // all pointers are aligned to a lane's access size
   uint32_t key0, key1;         // of the rounding noise
 };
 
-constexpr int kTensors = 31;  // a launch; its parameters may take 4 kB
+constexpr int kTensors = 31;  // per launch; its parameters are limited to 4 kB
 
-// The scalars are the launch's, not a tensor's: at a fixed place among the parameters they take no registers.
+// The scalars belong to the launch, not to a tensor: at a fixed place in the parameters they need no registers.
 struct AdamLaunch {
   AdamStep step;
   AdamTensor tensors[kTensors];
@@ -81,9 +81,9 @@ struct AdamLaunch {
 };
 static_assert(sizeof(AdamLaunch) <= 4096, "kernel parameters");
 
-// Format: kWords of tables, Element (what a moment is stored as), Packed (a lane's of one moment), kBytes (that it
-// moves at once) and what is called here. kStochastic is known when it is compiled: a choice at every element would
-// cost as much as the noise.
+// Format: kWords of tables, Element (storage type of a moment), Packed (a lane's part of one moment), kBytes (its
+// access size) and the functions called here. kStochastic is a template argument: a branch for every element would cost
+// as much as the noise.
 template <typename Format, typename P, typename G, bool kStochastic>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     adam_kernel(const __grid_constant__ AdamLaunch launch) {
@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     const float old_v = Format::absmax(tensor.absmax_v, block, lane, numel);
     const BlockNoise noise = block_noise(tensor.key0, tensor.key1, tensor.noise_block + block);
     float m[kEach], v[kEach];
-    uint32_t largest_m = 0, largest_v = 0;  // |x| as integers: NaN is above everything
+    uint32_t largest_m = 0, largest_v = 0;  // |x| as integers: NaN is the maximum
 #pragma unroll
     for (int k = 0; k < kEach; ++k) {
       m[k] = Format::widen_m(table, packed_m, k, count, old_m);
@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     } else {
       store_some(p, count, parameter);
     }
-    // every lane has read the old absmax before one of its block writes the new one: the warp meets in `largest`
+    // every lane has read the old absmax before a lane of its block writes the new one: `largest` synchronizes the warp
     const float new_m = Format::largest(largest_m, lane), new_v = Format::largest(largest_v, lane);
     packed_m = Format::narrow_m(table, m, new_m, count);
     packed_v = Format::narrow_v(table, v, new_v, count);
@@ -192,7 +192,7 @@ bool same_scalars(const sltrain_adam_tensor& a, const sltrain_adam_tensor& b) {
          a.decoupled == b.decoupled && a.stochastic == b.stochastic;
 }
 
-// Thread blocks that fill the device, and no more than there is work for.
+// Number of thread blocks: enough to fill the device, at most one per unit of work.
 int64_t grid_size(int device, int64_t blocks) {
   int multiprocessors = 1;
   cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
@@ -201,11 +201,11 @@ int64_t grid_size(int device, int64_t blocks) {
   return work < full ? work : full;
 }
 
-// Any number of tensors: a launch for up to kTensors in a row whose scalars are the same.
+// Steps any number of tensors, one launch per up to kTensors consecutive ones with equal scalars.
 template <typename Format>
 int step_all(int p_dtype, int g_dtype, const sltrain_adam_tensor* tensors, int64_t count, const void* tables,
              const float* grad_scale, int device, void* stream) {
-  constexpr int64_t kMostBlocks = INT32_MAX / 2;  // of a launch: their number and the strides over it are 32 bits
+  constexpr int64_t kMostBlocks = INT32_MAX / 2;  // per launch: block counts and strides are 32-bit
   OnDevice on(device);
   if (on.error() != cudaSuccess) return on.error();
   void* const p = nullptr;

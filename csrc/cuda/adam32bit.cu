@@ -1,4 +1,4 @@
-// 32-bit moments, as norms and biases keep them: no tables and no absmax.
+// 32-bit moments, used for norms and biases: no tables and no absmax.
 
 #include "adam.h"
 

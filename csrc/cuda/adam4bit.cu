@@ -1,4 +1,4 @@
-// 4-bit moments: two codes a byte, 128 values share an absmax, so a warp works on two blocks, half of it on each.
+// 4-bit moments: two codes per byte, 128 values share an absmax, so each half of a warp processes one block.
 // ../adam4bit.cpp is the same on the CPU.
 
 #include "adam.h"
@@ -55,11 +55,11 @@ struct FourBit {
   __device__ static float widen_v(const uint32_t* table, const Packed& codes, int k, int count, float absmax) {
     return widen(unsigned_map(table), codes, k, count, absmax);
   }
-  // no code of the second moment's map is zero: what lies past the end must not count
+  // the second moment's map has no zero: values past the end must be excluded
   __device__ static float widen(const Map& map, const Packed& codes, int k, int count, float absmax) {
     return k < count ? map.values[codes.at[k / 2] >> 4 * (k % 2) & 15] * absmax : 0.0f;
   }
-  // Of the 16 lanes of one's own half of the warp.
+  // Maximum over the 16 lanes of this half of the warp.
   __device__ static float largest(uint32_t bits, int lane) {
     const uint32_t low = __reduce_max_sync(0xFFFFFFFFu, upper(lane) ? 0u : bits);
     const uint32_t high = __reduce_max_sync(0xFFFFFFFFu, upper(lane) ? bits : 0u);
@@ -79,7 +79,7 @@ struct FourBit {
     }
     return codes;
   }
-  // How many bounds lie below x, by bisection.
+  // Number of bounds below x, by bisection.
   __device__ static uint8_t quantize(const Map& map, float x) {
     int code = x > map.bounds[7] ? 8 : 0;
     code += x > map.bounds[code + 3] ? 4 : 0;

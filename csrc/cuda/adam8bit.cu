@@ -1,5 +1,5 @@
-// 8-bit moments: a byte names a value of a map, 256 values share an absmax. The maps and what finds a code in one
-// look-up lie in shared memory; the grid is no larger than the device, so that they are read once a thread block.
+// 8-bit moments: a byte indexes a map, 256 values share an absmax. The maps and the bucket tables for one-look-up
+// quantization are in shared memory; the grid is no larger than the device, so each thread block loads them once.
 
 #include "adam.h"
 

@@ -1,7 +1,7 @@
-// One element of the blockwise 8-bit Adam step, for the CPU and the CUDA kernel: shared, so that both give the same
-// bits. Every product and sum is rounded by itself: adam_block.h switches contraction to FMA off, nvcc gets
-// -fmad=false. Free of torch and CUDA headers. sltrain_ds/ops/adam8bit.py says what is computed and builds the tables.
-// It lies in this folder because the CUDA library's digest covers all of it.
+// One element of the blockwise 8-bit Adam step, shared by the CPU and the CUDA kernel so that both give the same bits.
+// Every product and sum is rounded separately: adam_block.h disables contraction to FMA, nvcc gets -fmad=false. Uses no
+// torch or CUDA headers. sltrain_ds/ops/adam8bit.py documents the computation and builds the tables. The file is in
+// this folder because the CUDA library's digest covers all of it.
 #pragma once
 
 #include <cmath>
@@ -17,8 +17,8 @@
 namespace sltrain {
 
 constexpr int kStateBlock = 256;        // values that share one absmax
-constexpr int kZeroCode = 127;          // where the signed map holds 0
-constexpr int kBucketShift = 16;        // a bucket: floats that agree in exponent and the first 7 mantissa bits
+constexpr int kZeroCode = 127;          // code of 0 in the signed map
+constexpr int kBucketShift = 16;        // a bucket: floats with equal exponent and first 7 mantissa bits
 constexpr int kFirstBucket = 104 << 7;  // 2^-23, below every bound between two codes
 constexpr int kBuckets = 23 * 128 + 1;  // up to 1.0
 constexpr int kCarryBits = 17;  // a bucket's entry: the bounds below it, above these bits; they carry past its own
@@ -73,7 +73,7 @@ SLTRAIN_BOTH float float_of(uint32_t bits) {
   return x;
 }
 
-// In place: p, m and v of one element become those after the step, in fp32. `grad_scale` in place of the step's own.
+// Updates p, m and v of one element in place, in fp32. `grad_scale` replaces the step's own.
 SLTRAIN_BOTH void adam_update(const AdamStep& s, float grad_scale, float g, float& p, float& m, float& v) {
   g = g * grad_scale + s.l2 * p;
   m = m * s.beta1 + s.rest1 * g;
@@ -81,13 +81,13 @@ SLTRAIN_BOTH void adam_update(const AdamStep& s, float grad_scale, float g, floa
   p = p * s.decay - s.step_size * (m / (sqrtf(v) * s.root_scale + s.eps));
 }
 
-// The factor that brings a block into [-1, 1].
+// Factor that scales a block to [-1, 1].
 SLTRAIN_BOTH float inverse_of(float absmax) { return 1.0f / (absmax < 1e-38f ? 1e-38f : absmax); }
 
-// How many bounds between positive codes lie below |x| (at or below it where `negative`: ties go to the lower code).
+// Number of bounds between positive codes below |x| (at or below it if `negative`: ties go to the lower code).
 SLTRAIN_BOTH uint32_t bounds_below(const uint32_t* buckets, uint32_t magnitude, uint32_t negative) {
   constexpr uint32_t kSmallest = static_cast<uint32_t>(kFirstBucket) << kBucketShift, kOne = 0x3F800000u;
-  magnitude = magnitude < kOne ? magnitude : kOne;  // NaN too: the index stays inside
+  magnitude = magnitude < kOne ? magnitude : kOne;  // also for NaN: keeps the index in range
   magnitude = magnitude > kSmallest ? magnitude : kSmallest;
   return (buckets[static_cast<int>(magnitude >> kBucketShift) - kFirstBucket] + (magnitude & 0xFFFFu) + negative) >>
          kCarryBits;
@@ -97,7 +97,7 @@ SLTRAIN_BOTH uint8_t quantize_signed(const uint32_t* buckets, float scaled) {
   const uint32_t bits = bits_of(scaled), negative = bits >> 31;
   const int count = static_cast<int>(bounds_below(buckets, bits & 0x7FFFFFFFu, negative));
   const int code = negative ? kZeroCode - count : kZeroCode + count;
-  return static_cast<uint8_t>(code > 0 ? code : 0);  // the map ends at -0.993, so its last bound has no mirror image
+  return static_cast<uint8_t>(code > 0 ? code : 0);  // the map starts at -0.993: one bound has no counterpart
 }
 
 SLTRAIN_BOTH uint8_t quantize_unsigned(const uint32_t* buckets, float scaled) {
@@ -110,7 +110,7 @@ SLTRAIN_BOTH uint32_t mix_noise(uint32_t h) {
   return h ^ (h >> 16);
 }
 
-// The noise of one block of one parameter at one step.
+// Noise of one block of one parameter at one step.
 struct BlockNoise {
   uint32_t start, flip;
 };
@@ -122,7 +122,7 @@ SLTRAIN_BOTH BlockNoise block_noise(uint32_t key0, uint32_t key1, int64_t block)
 
 SLTRAIN_BOTH BlockNoise block_noise(const AdamStep& s, int64_t block) { return block_noise(s.key0, s.key1, block); }
 
-// 16 random bits for element i of the block: half of what its pair of neighbours draws.
+// 16 random bits for element i of the block: half of the word drawn for its pair of neighbours.
 SLTRAIN_BOTH uint32_t rounding_noise(const BlockNoise& noise, uint32_t i) {
   const uint32_t pair = mix_noise(noise.start + (i >> 1) * 0x9E3779B9u) ^ noise.flip;
   return i & 1u ? pair >> 16 : pair & 0xFFFFu;

@@ -1,5 +1,5 @@
-// What all kernels share: the launch, the two number formats, the choice of template arguments.
-// With SLTRAIN_HOST_SHIM the same files compile for the host, a thread a CUDA thread (tests/ops/cuda_host).
+// Shared by all kernels: launching, the two number formats, the dispatch of template arguments.
+// With SLTRAIN_HOST_SHIM the same files compile for the host, with one thread per CUDA thread (tests/ops/cuda_host).
 #pragma once
 
 #ifdef SLTRAIN_HOST_SHIM
@@ -28,7 +28,7 @@ SLTRAIN_BOTH float widen(BFloat16 x) { return from_bf16(x.bits); }
 SLTRAIN_BOTH void narrow(float x, float& to) { to = x; }
 SLTRAIN_BOTH void narrow(float x, BFloat16& to) { to.bits = to_bf16(x, nearest_even(x)); }
 
-// body(T*) with T float or BFloat16
+// Calls body(T*) with T float or BFloat16
 template <typename Body>
 int with_type(void* data, int dtype, const Body& body) {
   if (dtype == kFloat32) return body(static_cast<float*>(data));
@@ -51,7 +51,7 @@ int with_columns(const void* columns, int bytes, const Body& body) {
   return kUnsupported;
 }
 
-// The device is current while this lives.
+// Makes the device current during its lifetime.
 class OnDevice {
  public:
   explicit OnDevice(int device) : error_(cudaGetDevice(&before_)) {

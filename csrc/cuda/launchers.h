@@ -1,6 +1,6 @@
-// The CUDA kernels as C functions: pointers, sizes, a device and a stream, so that one library serves every torch.
-// sltrain_ds/ops/cuda.py calls them. Each returns 0, or a cudaError_t that sltrain_cuda_error puts into words, or
-// kUnsupported. Nothing here waits for the device.
+// The CUDA kernels as C functions of pointers, sizes, a device and a stream, so that one library works with every
+// torch. sltrain_ds/ops/cuda.py calls them. Each returns 0, a cudaError_t that sltrain_cuda_error describes, or
+// kUnsupported. Nothing here synchronizes with the device.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,7 @@ constexpr int kUnsupported = -1;
 
 extern "C" {
 
-// The digest of the sources this library was built from, as sltrain_ds/ops/cuda_build.py computes it.
+// Digest of the sources this library was built from, computed by sltrain_ds/ops/cuda_build.py.
 const char* sltrain_cuda_sources();
 const char* sltrain_cuda_error(int code);
 // 0 if this library has code that runs on the device.
@@ -29,8 +29,8 @@ int sltrain_cuda_scatter_add(void* W, int W_dtype, const int32_t* rows, const vo
 int sltrain_cuda_gather(void* out, int out_dtype, const void* W, int W_dtype, const int32_t* rows, const void* columns,
                         int column_bytes, int64_t out_features, int64_t in_features, int device, void* stream);
 
-// A tensor and what its step of the blockwise Adam needs: the arguments of sltrain::adam8bit_step_. With 32-bit states
-// m and v are float and there is no absmax. Packed by sltrain_ds/ops/cuda.py.
+// A tensor and the arguments of its blockwise Adam step, those of sltrain::adam8bit_step_. With 32-bit states m and v
+// are float and there is no absmax. Packed by sltrain_ds/ops/cuda.py.
 struct sltrain_adam_tensor {
   void* p;
   const void* g;
@@ -41,9 +41,9 @@ struct sltrain_adam_tensor {
   int32_t decoupled, stochastic;
 };
 
-// Step `count` tensors of one dtype, whose gradients have one dtype: a launch for up to 31 in a row with equal scalars.
-// The gradients are multiplied by their tensor's grad_scale times *grad_scale, which lies on the device, unless it is
-// null. 8-bit, 4-bit and 32-bit states; the last know no tables.
+// Step `count` tensors of one dtype with gradients of one dtype: one launch per up to 31 consecutive ones with equal
+// scalars. Gradients are multiplied by their tensor's grad_scale and, unless the pointer is null, by *grad_scale in
+// device memory. 8-bit, 4-bit and 32-bit states; the last use no tables.
 int sltrain_cuda_adam8bit(int p_dtype, int g_dtype, const sltrain_adam_tensor* tensors, int64_t count,
                           const void* tables, const float* grad_scale, int device, void* stream);
 int sltrain_cuda_adam4bit(int p_dtype, int g_dtype, const sltrain_adam_tensor* tensors, int64_t count,

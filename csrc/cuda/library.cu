@@ -1,4 +1,4 @@
-// What the library tells of itself.
+// Digest, probe and error messages of the library.
 
 #include "device.h"
 

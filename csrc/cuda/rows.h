@@ -1,5 +1,5 @@
-// Walks a row-wise support: a warp takes a row, its lanes neighbouring entries, whose columns ascend. So columns and
-// values are read in full lines, and neighbouring lanes share the sectors of W that they touch.
+// Loop over a row-wise support: a warp processes a row, its lanes neighbouring entries, whose columns ascend. Columns
+// and values are therefore read in full lines, and neighbouring lanes share sectors of W.
 #pragma once
 
 #include "device.h"
@@ -8,7 +8,7 @@ namespace sltrain {
 
 constexpr int kRowThreads = 256;
 constexpr int kRowsAtATime = kRowThreads / kWarp;
-constexpr int kAhead = 4;  // entries a lane has in flight
+constexpr int kAhead = 4;  // entries in flight per lane
 
 inline int64_t row_grid(int64_t out_features) { return (out_features + kRowsAtATime - 1) / kRowsAtATime; }
 
@@ -24,7 +24,7 @@ __device__ __forceinline__ void for_each_entry(const int32_t* __restrict__ rows,
   for (int64_t base = rows[row] + lane; base < last; base += kAhead * kWarp) {
     Entry entry[kAhead];
     int64_t cell[kAhead];
-    // every column before any entry: a load that waits for a column would hold up the next column's
+    // all columns are loaded before any entry: a load that waits for its column would delay the next column's load
 #pragma unroll
     for (int k = 0; k < kAhead; ++k) {
       const int64_t i = base + k * kWarp;

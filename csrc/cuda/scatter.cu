@@ -1,4 +1,4 @@
-// W (out, in) += values at the support: each sum in fp32, rounded once. A position occurs once, so nothing is atomic.
+// W (out, in) += values at the support, each sum in fp32, rounded once. Positions are unique, so no atomics are needed.
 
 #include "rows.h"
 

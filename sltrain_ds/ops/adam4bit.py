@@ -1,12 +1,12 @@
-"""Blockwise 4-bit Adam and AdamW: adam8bit.py's step with half the bytes.
+"""Blockwise 4-bit Adam and AdamW: the step of adam8bit.py with half the state bytes.
 
-Two codes a byte, element 2i in the low half; blocks of 128 values share an fp32 absmax. A code names a value of a
-signed dynamic map of three decades for the first moment, and for the second of the line 1/16, 2/16 ... 1 without
-zero: a small second moment that became 0 would make a huge step (Li, Chen, Zhu, "Memory efficient optimizers with
-4-bit states", NeurIPS 2023, arXiv 2309.01507).
+A byte holds two codes, element 2i in the low half; blocks of 128 values share an fp32 absmax. Codes of the first moment
+index a signed dynamic map of three decades, codes of the second the linear map 1/16, 2/16 ... 1 without zero: a small
+second moment rounded to 0 would cause a huge step (Li, Chen, Zhu, "Memory efficient optimizers with 4-bit states",
+NeurIPS 2023, arXiv 2309.01507).
 
-The C++ (csrc/adam4bit.cpp), the CUDA kernel (csrc/cuda/adam4bit.cu) and ``adam4bit_reference`` agree bit for bit, but
-for the codes of a block whose absmax is not finite.
+The C++ (csrc/adam4bit.cpp), the CUDA kernel (csrc/cuda/adam4bit.cu) and ``adam4bit_reference`` agree bit for bit,
+except for the codes of a block whose absmax is not finite.
 """
 
 import functools
@@ -20,7 +20,7 @@ from sltrain_ds.ops import builder, cuda, cuda_checks
 from sltrain_ds.ops.adam8bit import as_int64, dynamic_map, stepped, store
 
 BLOCK, PER_BYTE = STATES["4bit"]
-PIECE = 1 << 22  # values the reference works on at a time: its temporaries take about 100 MB
+PIECE = 1 << 22  # values that the reference processes at a time; its temporaries take about 100 MB
 
 
 def new_states(p: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -52,10 +52,10 @@ def adam4bit_step_(
     offset: int = 0,
     grad_scale: float = 1.0,
 ) -> None:
-    """Step ``p`` (numel n) and its states in place; arguments are those of ``adam8bit.adam8bit_step_``, the states
+    """Step ``p`` (numel n) and its states in place; arguments as in ``adam8bit.adam8bit_step_``, except the states:
 
     m4, v4: uint8 (ceil(n / 2),); absmax_m, absmax_v: float32 (ceil(n / 128),). ``offset`` is a multiple of 256.
-    Raises RuntimeError where dtypes, sizes or layouts differ from this.
+    Raises RuntimeError for other dtypes, sizes or layouts.
     """
     arguments = (p, g, m4, v4, absmax_m, absmax_v, tables(p.device), float(lr), betas[0], betas[1], eps, weight_decay)
     arguments += (decoupled, step, stochastic, as_int64(seed), as_int64(key), offset, float(grad_scale))
@@ -67,14 +67,14 @@ def adam4bit_step_(
         adam4bit_reference(*arguments)
 
 
-step_ = adam4bit_step_  # what optim/blockwise_adam.py calls in each of its formats
+step_ = adam4bit_step_  # the name optim/blockwise_adam.py uses for every format
 
 
 def adam4bit_reference(
     p, g, m4, v4, absmax_m, absmax_v, tables, lr, beta1, beta2, eps, weight_decay, decoupled, step, stochastic,
     seed, key, offset, grad_scale,
 ):  # fmt: skip
-    """The same step in PyTorch: what the kernels are tested against, and what serves where they are missing."""
+    """The same step in PyTorch: the reference for the kernels' tests, and the fallback without kernels."""
     cuda_checks.check_adam4bit(p, g, m4, v4, absmax_m, absmax_v, tables, step, offset)
     signed, signed_bounds, unsigned, unsigned_bounds = tables.split((16, 15, 16, 15))
     whole, gradient = p.view(-1), g.view(-1)
@@ -91,7 +91,7 @@ def adam4bit_reference(
 
 @functools.cache
 def tables(device: torch.device) -> torch.Tensor:
-    """float32 (62,): for the first moment the 16 values and the 15 bounds between them, then for the second."""
+    """float32 (62,): the first moment's 16 values and the 15 bounds between them, then the second moment's."""
     maps = [dynamic_map(signed=True, decades=3), np.arange(1, 17, dtype=np.float32) / np.float32(16)]
     parts = [part for values in maps for part in (values, (values[:-1] + values[1:]) / np.float32(2))]
     return torch.from_numpy(np.concatenate(parts)).to(device)
@@ -103,7 +103,7 @@ def _dequantize(codes, absmax, values, n):
 
 
 def _quantize_(codes, absmax, x, bounds):
-    """The nearest code of each value in units of its block's absmax, the lower one at ties."""
+    """Write the nearest code of each value in units of its block's absmax; ties go to the lower code."""
     blocks = pad(x, (0, -x.numel() % BLOCK)).view(-1, BLOCK)
     absmax.copy_(blocks.abs().amax(1))
     scaled = blocks * (1.0 / absmax.clamp(min=1e-38)).unsqueeze(1)

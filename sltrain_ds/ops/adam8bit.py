@@ -1,15 +1,15 @@
-"""Blockwise 8-bit Adam and AdamW: one pure step over one flat parameter, or over any slice of one.
+"""Blockwise 8-bit Adam and AdamW: one step of a flat parameter or of any slice of one.
 
-The moments are bytes: blocks of 256 values share an fp32 absmax, and a byte names a value of the dynamic map, signed
+The moments are stored as bytes: blocks of 256 values share an fp32 absmax, and a byte indexes the dynamic map, signed
 for the first moment, unsigned for the second (Dettmers, "8-bit approximations for parallelism in deep learning",
 arXiv 1511.04561; Dettmers et al., "8-bit optimizers via block-wise quantization", arXiv 2110.02861). States, formula
-and rounding are bitsandbytes' (0.50), so its checkpoints and ours hold the same bytes.
+and rounding are those of bitsandbytes (0.50), so its checkpoints and ours are byte-identical.
 
-bfloat16 parameters are rounded to nearest, or stochastically: 16 bits of noise are added below the kept bits. The
-noise is a function of (seed, step, key, element index) in integer arithmetic, so no world size, sharding, thread or
-device changes it. The C++ (csrc/adam8bit.cpp), the CUDA kernel (csrc/cuda/adam8bit.cu) and ``adam8bit_reference`` do
-the same operations in the same order, each rounded by itself: they agree bit for bit, but for the codes of a block
-whose absmax is not finite, which name nothing.
+bfloat16 parameters are rounded to nearest, or stochastically by adding 16 bits of noise below the kept bits. The noise
+is an integer function of (seed, step, key, element index), so it does not depend on world size, sharding, threads or
+device. The C++ (csrc/adam8bit.cpp), the CUDA kernel (csrc/cuda/adam8bit.cu) and ``adam8bit_reference`` do the same
+operations in the same order, each rounded separately. They agree bit for bit, except for the codes of a block whose
+absmax is not finite, which have no meaning.
 """
 
 import functools
@@ -28,7 +28,7 @@ _MASK32, _MASK64 = (1 << 32) - 1, (1 << 64) - 1
 
 
 def new_states(p: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(m8, v8, absmax_m, absmax_v) before p's first step: zeros, uint8 (numel,) and float32 (ceil(numel / 256),)."""
+    """(m8, v8, absmax_m, absmax_v) before p's first step: zeros, uint8 (n,) and float32 (ceil(n / 256),), n = numel."""
     n = p.numel()
     zeros = functools.partial(torch.zeros, device=p.device)
     blocks = -(-n // BLOCK)
@@ -36,7 +36,7 @@ def new_states(p: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
 
 
 def parameter_key(name: str) -> int:
-    """The noise key of a parameter: 63 bits of its canonical dotted name's SHA-256."""
+    """Noise key of a parameter: 63 bits of the SHA-256 of its canonical dotted name."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little") >> 1
 
 
@@ -61,14 +61,14 @@ def adam8bit_step_(
     offset: int = 0,
     grad_scale: float = 1.0,
 ) -> None:
-    """Step ``p`` and its states in place, ``step`` counting from 1.
+    """Step ``p`` and its states in place; ``step`` counts from 1.
 
     p, g: float32 or bfloat16, contiguous, any shape, numel n; m8, v8: uint8 (n,); absmax_m, absmax_v: float32
-    (ceil(n / 256),). ``decoupled`` is AdamW's weight decay, else it is added to the gradient. ``grad_scale``
-    multiplies the gradient first. ``stochastic`` rounds a bfloat16 p with noise keyed by (seed, step, key, element);
-    a float32 p needs none. ``offset``, a multiple of 256, is the index of p's first element within its parameter: a
-    shard's result is the whole's, cut.
-    Raises RuntimeError where dtypes, sizes or layouts differ from this.
+    (ceil(n / 256),). ``decoupled`` selects AdamW's weight decay; otherwise it is added to the gradient. ``grad_scale``
+    multiplies the gradient first. ``stochastic`` rounds a bfloat16 p with noise keyed by (seed, step, key, element); it
+    has no effect on a float32 p. ``offset``, a multiple of 256, is the index of p's first element within its parameter:
+    a shard's result equals the same slice of the whole parameter's.
+    Raises RuntimeError for other dtypes, sizes or layouts.
     """
     arguments = (p, g, m8, v8, absmax_m, absmax_v, tables(p.device), float(lr), betas[0], betas[1], eps, weight_decay)
     arguments += (decoupled, step, stochastic, as_int64(seed), as_int64(key), offset, float(grad_scale))
@@ -80,16 +80,16 @@ def adam8bit_step_(
         adam8bit_reference(*arguments)
 
 
-step_ = adam8bit_step_  # what optim/blockwise_adam.py calls in each of its formats
+step_ = adam8bit_step_  # the name optim/blockwise_adam.py uses for every format
 
 
 def adam8bit_reference(
     p, g, m8, v8, absmax_m, absmax_v, tables, lr, beta1, beta2, eps, weight_decay, decoupled, step, stochastic,
     seed, key, offset, grad_scale,
 ):  # fmt: skip
-    """The same step in PyTorch: what the kernels are tested against, and what serves where they are missing.
+    """The same step in PyTorch: the reference for the kernels' tests, and the fallback without kernels.
 
-    Takes the operator's arguments; of ``tables`` it uses the maps and searches them by bisection.
+    Takes the operator's arguments; it uses only the maps in ``tables`` and searches them by bisection.
     """
     cuda_checks.check_adam(p, g, m8, v8, absmax_m, absmax_v, tables, step, offset)
     signed, unsigned = tables[:512].view(torch.float32).split(256)
@@ -101,36 +101,36 @@ def adam8bit_reference(
 
 
 def stepped(p, g, m, v, lr, beta1, beta2, eps, weight_decay, decoupled, step, grad_scale):
-    """float32 (n,) each: the parameter and the moments after a step, by `adam_update` of csrc/cuda/adam8bit.h."""
+    """Parameter, first and second moment after a step, float32 (n,) each, by `adam_update` of csrc/cuda/adam8bit.h."""
     wide = p.reshape(-1).float()
     grad = g.reshape(-1).float() * grad_scale + wide * (0.0 if decoupled else weight_decay)
     m = m * beta1 + grad * (1.0 - beta1)
     v = v * beta2 + (grad * grad) * (1.0 - beta2)
-    root = v.double().sqrt().float()  # torch's fp32 root is not always the nearest
+    root = v.double().sqrt().float()  # torch's fp32 sqrt is not always correctly rounded
     denominator = root * (1.0 / math.sqrt(1.0 - beta2**step)) + eps
     decay = 1.0 - lr * weight_decay if decoupled else 1.0
     return wide * decay - (m / denominator) * (lr / (1.0 - beta1**step)), m, v
 
 
 def store(p, wide, stochastic, seed, step, key, offset) -> None:
-    """Write float32 (n,) into p in its dtype, rounded stochastically where asked."""
+    """Write float32 (n,) into p in p's dtype, with stochastic rounding if requested."""
     if p.dtype == torch.bfloat16 and stochastic:
         wide = round_stochastically(wide, seed, step, key, offset)
     p.view(-1).copy_(wide)
 
 
 def dynamic_map(signed: bool, decades: int = 7) -> np.ndarray:
-    """The float32 values a code can name, 256 for seven decades, 16 for three; ascending, in [-1, 1] or [0, 1].
+    """Float32 values of all codes, 256 for seven decades, 16 for three; ascending, in [-1, 1] or [0, 1].
 
-    The more leading zero bits, the lower the decade and the fewer bits are left for the fraction: decade i of d holds
-    the centres of 2^i (signed) or 2^(i+1) (unsigned) equal parts of [0.1, 1], scaled by 10^(i-d+1); 0 and 1 are added.
+    Lower decades have more leading zero bits and fewer fraction bits: decade i of d contains the centres of 2^i
+    (signed) or 2^(i+1) (unsigned) equal parts of [0.1, 1], scaled by 10^(i-d+1); 0 and 1 are added.
     """
     values = [np.float32(0), np.float32(1)]
     for i in range(decades):
         parts = 2 ** (i if signed else i + 1)
         width = float((np.float32(1) - np.float32(0.1)) / np.float32(parts))
         k = np.arange(parts + 1)
-        # from both ends and rounded once, as torch.linspace places them
+        # computed from both ends and rounded once, like torch.linspace
         edges = np.where(k < (parts + 1) // 2, float(np.float32(0.1)) + width * k, 1.0 - width * (parts - k))
         edges = edges.astype(np.float32)
         centres = np.float32(10.0 ** (i - decades + 1)) * ((edges[:-1] + edges[1:]) / np.float32(2))
@@ -140,11 +140,11 @@ def dynamic_map(signed: bool, decades: int = 7) -> np.ndarray:
 
 @functools.cache
 def tables(device: torch.device) -> torch.Tensor:
-    """int32 (6402,): the bits of both maps, then for each the buckets by which a float finds its code in one look-up.
+    """int32 (6402,): the bits of both maps, then each map's bucket table, for finding a float's code in one look-up.
 
-    A bucket is all floats with the same exponent and first 7 mantissa bits; it holds at most one of the bounds
-    between neighbouring codes. Its entry: how many bounds lie below the bucket, times 2^17, plus what a float's low
-    mantissa bits must be added to so that they carry if they exceed those of the bound inside.
+    A bucket is the set of floats with the same exponent and first 7 mantissa bits; it contains at most one bound
+    between neighbouring codes. Its entry is the number of bounds below the bucket times 2^17, plus an addend for a
+    float's low mantissa bits such that the sum carries if they exceed those of the bound inside.
     """
     maps = [dynamic_map(signed=True), dynamic_map(signed=False)]
     return torch.from_numpy(np.concatenate([*(m.view(np.int32) for m in maps), *map(_buckets, maps)])).to(device)
@@ -152,7 +152,7 @@ def tables(device: torch.device) -> torch.Tensor:
 
 def _buckets(values: np.ndarray) -> np.ndarray:
     bounds = _bounds(values)
-    bits = bounds[bounds > 0].view(np.uint32)  # ordered as the floats are
+    bits = bounds[bounds > 0].view(np.uint32)  # same order as the floats
     bucket = (bits >> 16).astype(np.int64) - _FIRST_BUCKET
     assert bucket[0] > 0 and (np.diff(bucket) > 0).all(), "a bucket holds at most one bound, the first holds none"
     below = np.searchsorted(bucket, np.arange(_BUCKETS))
@@ -166,12 +166,12 @@ def _bounds(values):
 
 
 def dequantize(codes, absmax, signed: bool):
-    """float32 (n,) from uint8 (n,) codes of a first (``signed``) or second moment and float32 (ceil(n / 256),)."""
+    """float32 (n,) from uint8 (n,) codes of a first (``signed``) or second moment and absmax (ceil(n / 256),)."""
     return _dequantize(codes, absmax, _map(signed, codes.device))
 
 
 def quantize(x, signed: bool, absmax):
-    """The uint8 (n,) codes of float32 (n,), whose blocks' absmax is written into ``absmax``."""
+    """uint8 (n,) codes of float32 (n,); writes the blocks' absmax to ``absmax``."""
     codes = torch.empty_like(x, dtype=torch.uint8)
     _quantize_(codes, absmax, x, _map(signed, x.device))
     return codes
@@ -186,7 +186,7 @@ def _dequantize(codes, absmax, values):
 
 
 def _quantize_(codes, absmax, x, values):
-    """The nearest code of each value in units of its block's absmax, the lower one at ties."""
+    """Write the nearest code of each value in units of its block's absmax; ties go to the lower code."""
     blocks = torch.nn.functional.pad(x, (0, -x.numel() % BLOCK)).view(-1, BLOCK)
     absmax.copy_(blocks.abs().amax(1))
     scaled = (blocks * (1.0 / absmax.clamp(min=1e-38)).unsqueeze(1)).clamp(-1.0, 1.0)
@@ -195,7 +195,7 @@ def _quantize_(codes, absmax, x, values):
 
 
 def round_stochastically(x, seed, step, key, offset):
-    """x float32 (n,) -> bfloat16 (n,), up with the probability of its distance from the value below."""
+    """Round float32 (n,) to bfloat16 (n,), up with probability equal to the distance from the value below."""
     bits = (x.view(torch.int32).long() & _MASK32) + rounding_noise(x.numel(), seed, step, key, offset, x.device)
     kept = bits >> 16 << 16 & _MASK32
     rounded = torch.where(kept > 0x7FFFFFFF, kept - (1 << 32), kept).to(torch.int32).view(torch.float32)
@@ -203,10 +203,11 @@ def round_stochastically(x, seed, step, key, offset):
 
 
 def rounding_noise(n, seed, step, key, offset=0, device="cpu"):
-    """int64 (n,): 16 random bits for each of a parameter's elements from ``offset`` on, a multiple of 256.
+    """int64 (n,): 16 random bits per element of a parameter, starting at ``offset``, a multiple of 256.
 
-    splitmix64 over (seed, step, key) gives two words, murmur3's finaliser of the block's index under them two more;
-    each pair of neighbours in a block takes one step of a Weyl sequence from there, mixed once more, half a word each.
+    splitmix64 over (seed, step, key) gives two words; murmur3's finaliser of the block index with them gives two words
+    per block. Each pair of neighbours in a block uses one step of a Weyl sequence from there, mixed again; each element
+    takes half of the word.
     """
     state = 0
     for word in (seed, step, key):
@@ -220,7 +221,7 @@ def rounding_noise(n, seed, step, key, offset=0, device="cpu"):
 
 
 def _mix32(h):
-    """murmur3's finaliser, in int64 tensors that hold 32-bit values."""
+    """murmur3's finaliser on 32-bit values in int64 tensors."""
     h = ((h ^ (h >> 16)) * 0x85EBCA6B) & _MASK32
     h = ((h ^ (h >> 13)) * 0xC2B2AE35) & _MASK32
     return h ^ (h >> 16)

@@ -1,8 +1,8 @@
-"""Locks of C++ builds: ours, which the kernel releases with its holder, and torch's, which a killed build leaves
-behind.
+"""Locks of C++ builds: ours, which the kernel releases when the process ends, and torch's, which survives a killed
+build.
 
-torch's builds take ``lock`` in the build directory by creating it and wait, without end, until it is gone
-(torch/utils/file_baton.py). Who builds holds the file open, so a lock that nobody holds open is a dead build's.
+torch's builds acquire ``lock`` in the build directory by creating it and wait indefinitely for its removal
+(torch/utils/file_baton.py). A running build keeps the file open, so a lock that no process has open is stale.
 """
 
 import contextlib
@@ -11,13 +11,13 @@ import time
 from pathlib import Path
 
 REMOTE_FILE_SYSTEMS = ("nfs", "lustre", "gpfs", "beegfs", "ceph", "fuse", "cifs", "smb", "afs", "9p")
-STALE_AFTER = 900  # seconds; on a shared file system the holder may be on a machine that we cannot see
+STALE_AFTER = 900  # seconds; on a shared file system the holder may run on another machine
 
 
 @contextlib.contextmanager
 def exclusive(directory: Path):
-    """Hold the directory's build lock; a holder that dies lets it go. Yields False where the file system has no
-    locks.
+    """Hold the directory's build lock, which is released if the process dies. Yields False if the file system does not
+    support locks.
     """
     directory.mkdir(parents=True, exist_ok=True)
     with open(directory / "sltrain.lock", "w") as handle:
@@ -30,10 +30,10 @@ def exclusive(directory: Path):
 
 
 def remove_dead(directory: Path, owned: bool = False) -> bool:
-    """Remove torch's lock in ``directory`` if a dead build left it, and say so; True if it did.
+    """Remove torch's lock in ``directory`` if a dead build left it, with a message; returns whether it did.
 
-    Call it inside ``exclusive``, so that nobody removes the old lock and makes a new one between look and removal.
-    ``owned``: every build there goes through ``exclusive``, so whoever made torch's lock is dead.
+    Call it inside ``exclusive``, so that no other process replaces the lock between the check and the removal.
+    ``owned``: every build there uses ``exclusive``, so an existing lock of torch's is always stale.
     """
     lock = directory / "lock"
     try:
@@ -50,7 +50,7 @@ def remove_dead(directory: Path, owned: bool = False) -> bool:
 def _is_open_here(path: Path) -> bool:
     wanted = path.stat()
     for link in Path("/proc").glob("[0-9]*/fd/*"):
-        with contextlib.suppress(OSError):  # the process ended, or is another user's
+        with contextlib.suppress(OSError):  # the process ended, or belongs to another user
             found = link.stat()
             if (found.st_dev, found.st_ino) == (wanted.st_dev, wanted.st_ino):
                 return True

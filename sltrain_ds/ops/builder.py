@@ -1,11 +1,11 @@
-"""Where the C++ ops come from: built ahead of time, built at first use through DeepSpeed's op builder, or not at all.
+"""Builder and loader of the C++ ops: built ahead of time, or at first use through DeepSpeed's op builder.
 
-``load()`` tries in this order: the extension ``sltrain_ds.ops._C`` that setup.py built; a library that an earlier
-process left in torch's extension cache; a build (about 20 s), once for all ranks that ask at the same time. Without a
-compiler the PyTorch reference serves, slower and with the same results up to rounding, and the reason is printed
-once. SLTRAIN_OPS=reference forces that.
+``load()`` tries in this order: the extension ``sltrain_ds.ops._C`` built by setup.py; a library that an earlier process
+built in torch's extension cache; a build (about 20 s), done once for all ranks that request it at the same time.
+Without a compiler it falls back to the PyTorch reference, slower and with the same results up to rounding, and prints
+the reason once. SLTRAIN_OPS=reference forces the fallback.
 
-Top-level imports are light: setup.py reads the flags from here.
+Top-level imports are light, because setup.py reads the flags from here.
 """
 
 import contextlib
@@ -22,41 +22,39 @@ from sltrain_ds.ops import cpu_level, sources
 CXX_FLAGS = [
     "-O3",
     "-fopenmp",
-    "-fno-math-errno",  # square roots vectorise
-]  # torch adds the C++ standard it needs; no -march, so that a cluster can share the cache
+    "-fno-math-errno",  # lets square roots vectorise
+]  # torch adds the C++ standard it needs; no -march, so that the nodes of a cluster can share the cache
 LINK_FLAGS = ["-fopenmp"]
 
-_state = None  # ("prebuilt" | "jit" | "reference", detail) once load() has decided
+_state = None  # ("prebuilt" | "jit" | "reference", detail) after load()
 
 
 def load() -> bool:
-    """Make torch.ops.sltrain's C++ kernels available. True if they are, False if the PyTorch reference serves
-    instead.
-    """
+    """Make torch.ops.sltrain's C++ kernels available. Returns False if the PyTorch reference is used instead."""
     return (_state or _load())[0] != "reference"
 
 
 def loaded() -> bool:
-    """Whether ``load`` has found them; loads nothing."""
+    """Whether ``load`` has loaded the ops; loads nothing itself."""
     return _state is not None and _state[0] != "reference"
 
 
 def build_ahead(verbose: bool = False) -> tuple[str, str]:
-    """Build now, before any rank starts: ``load`` and then how it went, as ``status`` tells it."""
+    """Build now, before any rank starts; returns the resulting ``status``."""
     return _load(verbose)
 
 
 def cpu_level_in_force() -> str | None:
-    """The level that the C++ ops run at; None where the PyTorch reference serves, or nothing is built yet."""
+    """CPU level of the C++ ops; None if the PyTorch reference is used or nothing is built yet."""
     if status()[0] == "reference" or not built() or not load():
         return None
     return cpu_level.in_force()
 
 
 def clear_dead_locks() -> None:
-    """Remove what killed builds left of DeepSpeed's own ops, on which the next start would wait without end.
+    """Remove locks that killed builds of DeepSpeed's ops left, on which the next start would wait indefinitely.
 
-    Safe in every rank at once; call it before ``deepspeed.init_distributed``.
+    All ranks may call it at once; call it before ``deepspeed.init_distributed``.
     """
     from torch.utils import cpp_extension
 
@@ -69,9 +67,9 @@ def clear_dead_locks() -> None:
 
 
 def build_deepspeed_ops(verbose: bool = False) -> str | None:
-    """Build the op that DeepSpeed's first engine start on the CPU would, a minute's work; its name.
+    """Build the op that DeepSpeed's first engine on the CPU would build (about a minute); returns its name.
 
-    None where nothing is built: on a GPU, or without a compiler.
+    Returns None if nothing is built: on a GPU, or without a compiler.
     """
     from deepspeed.accelerator import get_accelerator
 
@@ -85,7 +83,7 @@ def build_deepspeed_ops(verbose: bool = False) -> str | None:
     from sltrain_ds.ops import build_lock
 
     directory = Path(cpp_extension._get_build_directory(op.name, False))
-    # one of ours at a time: else each might take the other's lock for a dead build's
+    # one of our processes at a time: otherwise each might consider the other's lock stale
     with build_lock.exclusive(directory), tools_on_path():
         build_lock.remove_dead(directory)
         op.load(verbose)
@@ -95,7 +93,7 @@ def build_deepspeed_ops(verbose: bool = False) -> str | None:
 def status() -> tuple[str, str]:
     """("prebuilt" | "jit" | "reference", the library's path or the reason), without building anything.
 
-    Before a build, "jit" comes with the directory where it would go.
+    Before a build, the detail of "jit" is the build directory.
     """
     if _state is not None:
         return _state
@@ -111,7 +109,7 @@ def status() -> tuple[str, str]:
 
 
 def extension_name() -> str:
-    """Carries a hash of the sources, flags and torch, so that a cached library is always this one."""
+    """Name with a hash of the sources, flags and torch version, so that a cached library always matches."""
     import torch
 
     digest = hashlib.sha256(f"{torch.__version__} {sys.version_info[:2]} {CXX_FLAGS} {LINK_FLAGS}".encode())
@@ -121,21 +119,21 @@ def extension_name() -> str:
 
 
 def build_directory() -> Path:
-    """This extension's place in torch's cache (TORCH_EXTENSIONS_DIR, or ~/.cache/torch_extensions)."""
+    """This extension's directory in torch's cache (TORCH_EXTENSIONS_DIR, or ~/.cache/torch_extensions)."""
     from torch.utils import cpp_extension
 
     return Path(cpp_extension._get_build_directory(extension_name(), False))
 
 
 def cached_library() -> Path | None:
-    """The library of a finished earlier build, if there is one."""
+    """Library of a completed earlier build, or None."""
     directory = build_directory()
     library = directory / f"{directory.name}.so"
     return library if (directory / "complete").exists() and library.exists() else None
 
 
 def missing_tools() -> str | None:
-    """What a build lacks here, or None."""
+    """Message about what is missing for a build, or None."""
     if not sources.cpp():
         return f"the C++ sources are missing ({sources.directory()})"
     compiler = os.environ.get("CXX", "c++")
@@ -148,7 +146,7 @@ def missing_tools() -> str | None:
 
 
 def built() -> bool:
-    """Whether ``load`` would find a library, without building one."""
+    """Whether ``load`` would find a library without building one."""
     if _state is not None:
         return _state[0] != "reference"
     return importlib.util.find_spec("sltrain_ds.ops._C") is not None or cached_library() is not None
@@ -169,7 +167,7 @@ def _load(verbose=False):
 def _find(verbose):
     if forced():
         return "reference", "SLTRAIN_OPS=reference"
-    import torch  # its libraries must be there before one that is linked against them
+    import torch  # its libraries must be loaded before one that is linked against them
 
     try:
         return "prebuilt", importlib.import_module("sltrain_ds.ops._C").__file__
@@ -177,7 +175,7 @@ def _find(verbose):
         pass
     except ImportError as error:  # built against another torch
         print(
-            f"sltrain-ds: the ops built ahead of time do not load ({_first_line(error)}); building them anew",
+            f"sltrain-ds: the ops built ahead of time do not load ({_first_line(error)}); rebuilding them",
             flush=True,
         )
     library = cached_library()
@@ -187,14 +185,14 @@ def _find(verbose):
             return "reference", missing
         try:
             library = _build(verbose)
-        except Exception as error:  # whatever a compiler can do wrong
-            return "reference", f"the build failed ({_first_line(error)}); `sltrain-ds doctor --build` shows all of it"
+        except Exception as error:  # any failure of the compiler
+            return "reference", f"the build failed ({_first_line(error)}); `sltrain-ds doctor --build` shows the log"
     torch.ops.load_library(str(library))
     return "jit", str(library)
 
 
 def _build(verbose: bool) -> Path:
-    """One process builds, the others wait and find the result."""
+    """Build in one process; the others wait and use the result."""
     from sltrain_ds.ops import build_lock
 
     directory = build_directory()
@@ -214,7 +212,7 @@ def _op_builder():
     from deepspeed.ops.op_builder.builder import OpBuilder
 
     class SLTrainOpsBuilder(OpBuilder):
-        """The ops as DeepSpeed sees an op (deepspeed/ops/op_builder/builder.py, 0.19.8)."""
+        """Our ops as a DeepSpeed op builder (deepspeed/ops/op_builder/builder.py, 0.19.8)."""
 
         BUILD_VAR = "SLTRAIN_BUILD_OPS"
         NAME = extension_name()
@@ -246,10 +244,10 @@ def forced() -> bool:
 
 @contextlib.contextmanager
 def tools_on_path():
-    """The ninja that pip put beside python, first.
+    """Put python's directory first on PATH, with the ninja that pip installed there.
 
-    It is not on PATH where a venv's python was called by its path; and two versions of ninja in turn (the system's
-    beside it) do not read each other's logs and compile everything anew each time.
+    It is not on PATH if a venv's python was called by its path. Alternating with the system's version of ninja would
+    recompile everything each time, since the two do not read each other's logs.
     """
     before = os.environ.get("PATH", "")
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{before}"

@@ -1,7 +1,7 @@
-"""Which of the processor's instruction sets the C++ ops use; csrc/cpu.cpp finds it, once, and all kernels go by it.
+"""Instruction-set level of the C++ ops; csrc/cpu.cpp detects it once, and all kernels use it.
 
-A level has all that those before it have. SLTRAIN_CPU=avx2, say, forces a lower one than the processor's own: it is for
-tests, and for tracing a difference between two machines. PyTorch's own products go by PyTorch's own variables.
+A level includes all lower ones. SLTRAIN_CPU, for example avx2, forces a level below the processor's: for tests, and to
+trace a difference between two machines. It does not affect PyTorch's own products, which have their own variables.
 """
 
 import os
@@ -12,7 +12,7 @@ LEVELS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")  # as in csrc/cpu.
 
 
 def check_name() -> None:
-    """UserError where SLTRAIN_CPU is no level's name; loads nothing."""
+    """Raise UserError if SLTRAIN_CPU is not the name of a level; loads nothing."""
     forced = os.environ.get("SLTRAIN_CPU", "")
     if forced and forced not in LEVELS:
         raise UserError(
@@ -21,24 +21,25 @@ def check_name() -> None:
 
 
 def check_processor() -> None:
-    """UserError where this processor lacks the level that SLTRAIN_CPU names; the C++ ops are loaded."""
+    """Raise UserError if this processor does not support the level in SLTRAIN_CPU. Requires loaded C++ ops."""
     forced = os.environ.get("SLTRAIN_CPU", "")
     has = available()
     if forced and forced not in has:
         raise UserError(
-            f"SLTRAIN_CPU = {forced!r} is not in this processor; set it to one of {', '.join(has)} or unset it"
+            f"SLTRAIN_CPU = {forced!r} is not supported by this processor; "
+            f"set it to one of {', '.join(has)} or unset it"
         )
 
 
 def available() -> tuple[str, ...]:
-    """The levels that this processor has, lowest first; the C++ ops are loaded."""
+    """Levels that this processor supports, lowest first. Requires loaded C++ ops."""
     import torch
 
     return LEVELS[: LEVELS.index(torch.ops.sltrain.best_cpu_level()) + 1]
 
 
 def in_force() -> str:
-    """The level that the C++ ops run at; they are loaded."""
+    """Level that the C++ ops use. Requires loaded C++ ops."""
     import torch
 
     return torch.ops.sltrain.cpu_level()

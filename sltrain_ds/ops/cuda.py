@@ -1,9 +1,9 @@
-"""The CUDA kernels, called through C: scatter-add, gather, blockwise Adam steps.
+"""CUDA kernels, called through ctypes: scatter-add, gather, blockwise Adam steps.
 
-``load()`` finds the library (``cuda_build``): built ahead of time beside this file, left in torch's extension cache by
-an earlier process, or built now where nvcc is. Where there is none, or none that runs here, PyTorch serves, and the
-reason is printed once. Calls go to the current stream and wait for nothing. They are registered with the schema of
-csrc/bindings*.cpp too, so ``torch.ops.sltrain`` dispatches CUDA tensors to them.
+``load()`` finds the library (``cuda_build``): built ahead of time next to this file, in torch's extension cache from an
+earlier process, or built now if nvcc is available. Without a library that runs here it falls back to PyTorch and prints
+the reason once. Kernels are launched on the current stream without synchronization. They are also registered with the
+schema of csrc/bindings*.cpp, so ``torch.ops.sltrain`` dispatches CUDA tensors to them.
 """
 
 import _ctypes
@@ -24,12 +24,12 @@ _registrations = []
 
 
 def load() -> bool:
-    """True if the CUDA kernels serve CUDA tensors here, False if PyTorch does in their place."""
+    """Load the CUDA kernels. Returns False if PyTorch is used in their place."""
     return _decide()[0] is not None
 
 
 def status() -> tuple[bool, str]:
-    """(whether the kernels serve, the library's path or the reason why not), without building anything."""
+    """(whether the kernels are used, the library's path or the reason why not), without building anything."""
     if _state is not None:
         return _state[0] is not None, _state[1]
     if not torch.cuda.is_available():
@@ -45,37 +45,38 @@ def status() -> tuple[bool, str]:
 
 
 def scatter_add_(W, rows, columns, values) -> None:
-    """W (out, in) += values (nnz,) at the support, as ``sparse.scatter_add_``; float32 and bfloat16."""
+    """W (out, in) += values (nnz,) at the support, like ``sparse.scatter_add_``; float32 and bfloat16."""
     _decide()[0].scatter_add_(W, rows, columns, values)
 
 
 def gather(out, W, rows, columns) -> None:
-    """out (nnz,) = W (out, in) at the support, as ``sparse.gather``; float32 and bfloat16."""
+    """out (nnz,) = W (out, in) at the support, like ``sparse.gather``; float32 and bfloat16."""
     _decide()[0].gather(out, W, rows, columns)
 
 
 def adam_steps_(states: str, steps: list[tuple], tables: torch.Tensor | None, grad_scale=None) -> None:
-    """Many tensors' steps in a launch for up to 31 of them; ``states`` is "8bit", "4bit" or "32bit".
+    """Step many tensors, up to 31 per launch; ``states`` is "8bit", "4bit" or "32bit".
 
-    Each of ``steps`` is (p, g, m, v, absmax_m, absmax_v, scalars): tensors as the step of its format takes them
-    (32-bit states have float32 moments and None for absmax), all p of one dtype, all g of one, on one device; scalars
-    are the operator's from ``lr`` on. ``grad_scale``, float32 () on the device or None, multiplies every gradient too.
+    Each of ``steps`` is (p, g, m, v, absmax_m, absmax_v, scalars). Tensors are those of the format's step (32-bit
+    states have float32 moments and None for absmax), all p of one dtype, all g of one dtype, on one device; scalars are
+    the operator's arguments from ``lr`` on. ``grad_scale``, float32 () on the device or None, also multiplies every
+    gradient.
     """
     _decide()[0].adam_steps_(states, steps, tables, grad_scale)
 
 
 def adam8bit_step_(*arguments) -> None:
-    """The operator ``sltrain::adam8bit_step_``; its arguments in its order."""
+    """Operator ``sltrain::adam8bit_step_``, with its arguments in order."""
     _decide()[0].adam8bit_step_(*arguments)
 
 
 def adam4bit_step_(*arguments) -> None:
-    """The operator ``sltrain::adam4bit_step_``; its arguments in its order."""
+    """Operator ``sltrain::adam4bit_step_``, with its arguments in order."""
     _decide()[0].adam4bit_step_(*arguments)
 
 
 class Kernels:
-    """One loaded library. Arguments are checked as the CPU kernels check theirs; errors are RuntimeError."""
+    """One loaded library. Arguments are checked like those of the CPU kernels; errors are RuntimeError."""
 
     def __init__(self, path: Path):
         self._library = library = ctypes.CDLL(str(path))
@@ -89,17 +90,17 @@ class Kernels:
             function.argtypes = [i32, i32, pointer, i64, pointer, pointer, i32, pointer]
 
     def sources(self) -> str:
-        """The digest of the sources it was built from."""
+        """Digest of the sources it was built from."""
         return self._library.sltrain_cuda_sources().decode()
 
     def addresses(self) -> list[int]:
-        """Of what csrc/moves.cpp calls by itself: scatter-add, gather, and an error's words."""
+        """Addresses of the functions that csrc/moves.cpp calls: scatter-add, gather, and error message."""
         names = ("scatter_add", "gather", "error")
         functions = (getattr(self._library, f"sltrain_cuda_{name}") for name in names)
         return [ctypes.cast(function, ctypes.c_void_p).value for function in functions]
 
     def probe(self, device: int) -> str | None:
-        """None if it runs on the device, else why not."""
+        """None if the library runs on the device, else the error message."""
         code = self._library.sltrain_cuda_probe(device)
         return self._words(code) if code else None
 
@@ -176,31 +177,31 @@ def _find():
         if problem is None:
             return _probed(Kernels(path), path)
         if os.environ.get("RANK", "0") == "0":
-            print(f"sltrain-ds: {path} is not used: {problem}; launch/build_cuda.sh builds it anew", flush=True)
+            print(f"sltrain-ds: {path} is not used: {problem}; launch/build_cuda.sh rebuilds it", flush=True)
     try:
         path = _build()
-    except Exception as error:  # whatever a compiler can do wrong
+    except Exception as error:  # any failure of the compiler
         return None, str(error).splitlines()[0]
     return _probed(Kernels(path), path)
 
 
 def misfit(path: Path) -> str | None:
-    """Why a library is not ours to call, or None. Its digest is read before anything else of it is looked up: one of
-    older sources need not have today's functions, nor these their arguments."""
+    """Why a library cannot be used, or None. Its digest is read before any other symbol: a library built from older
+    sources may lack today's functions or have other arguments."""
     if not _is_whole(path):
-        return "it is no whole ELF file"
+        return "it is not a complete ELF file"
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
         return f"it does not load ({error})"
     problem = _foreign(library)
     if problem:
-        _ctypes.dlclose(library._handle)  # else the loader would give it again for what is built in its place
+        _ctypes.dlclose(library._handle)  # otherwise dlopen would return it again for the rebuilt file
     return problem
 
 
 def _is_whole(path):
-    """Whether a 64-bit ELF file has its section headers, which linkers write last: loading one that was cut off kills
+    """Whether a 64-bit ELF file has its section headers, which linkers write last: loading a truncated file crashes
     the process.
     """
     with open(path, "rb") as file:
@@ -234,7 +235,7 @@ def _cached() -> Path:
 
 
 def _build() -> Path:
-    """One process builds, the others wait and find the result."""
+    """Build in one process; the others wait and use the result."""
     target = _cached()
     with build_lock.exclusive(target.parent):
         if not target.is_file() or misfit(target):
@@ -244,8 +245,8 @@ def _build() -> Path:
 
 
 def _register(kernels):
-    """Give the C++ ops the kernels: the dispatcher for the operators whose schema they brought, csrc/moves.cpp for
-    those that a whole layer calls.
+    """Register the kernels with the C++ ops: with the dispatcher for operators with a schema, and with csrc/moves.cpp
+    for those that whole layers call.
     """
     if not builder.load():
         return
@@ -253,12 +254,12 @@ def _register(kernels):
     library = torch.library.Library("sltrain", "IMPL")
     for name in ("scatter_add_", "gather", "adam8bit_step_", "adam4bit_step_"):
         library.impl(name, getattr(kernels, name), "CUDA")
-    _registrations.append(library)  # it would take the kernels back with it
+    _registrations.append(library)  # keeps the registration alive
 
 
 def _where(tensor):
-    """(device index, stream): the current one of the tensor's device."""
+    """(device index, current stream) of the tensor's device."""
     if tensor.device.type != "cuda":
         return 0, None
     index = tensor.device.index
-    return index, torch._C._cuda_getCurrentRawStream(index)  # no Stream object for it: this runs in every call
+    return index, torch._C._cuda_getCurrentRawStream(index)  # runs in every call, so it avoids a Stream object

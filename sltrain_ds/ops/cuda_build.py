@@ -1,7 +1,7 @@
-"""The CUDA kernels as one library, libsltrain_cuda.so: free of torch, so one build serves every torch and Python.
+"""Build of the CUDA kernels as one library, libsltrain_cuda.so, independent of the torch and Python versions.
 
-``launch/build_cuda.sh`` makes it once, into the package, from where a wheel takes it along; a node that has nvcc
-makes its own at first use. This file needs neither torch nor a GPU.
+``launch/build_cuda.sh`` builds it into the package, and wheels include it; a node with nvcc builds its own at first
+use. This module needs neither torch nor a GPU.
 """
 
 import hashlib
@@ -16,12 +16,12 @@ LIBRARY = "libsltrain_cuda.so"
 NVCC_FLAGS = [
     "-O3",
     "-std=c++17",
-    # IEEE arithmetic, each operation rounded by itself: the CPU kernels' bits
+    # IEEE arithmetic, each operation rounded separately: bit-identical to the CPU kernels
     "-fmad=false",
     "-ftz=false",
     "-prec-div=true",
     "-prec-sqrt=true",
-    # A100 and H100/H200, and what any later device compiles for itself
+    # A100 and H100/H200, and PTX for any later device
     "-gencode=arch=compute_80,code=sm_80",
     "-gencode=arch=compute_90a,code=sm_90a",
     "-gencode=arch=compute_80,code=compute_80",
@@ -31,12 +31,12 @@ NVCC_FLAGS = [
 
 
 def prebuilt() -> Path:
-    """Where a library built once lies, beside this file."""
+    """Path of a library built ahead of time, next to this file."""
     return Path(__file__).resolve().parent / LIBRARY
 
 
 def digest() -> str:
-    """Names the sources and flags; the library carries it (``sltrain_cuda_sources``)."""
+    """Hash of the sources and flags; the library contains it (``sltrain_cuda_sources``)."""
     total = hashlib.sha256(" ".join(NVCC_FLAGS).encode())
     for path in sources.headers_and_cuda():
         total.update(path.read_bytes())
@@ -44,7 +44,7 @@ def digest() -> str:
 
 
 def nvcc() -> str | None:
-    """Path of nvcc: under CUDA_HOME where that is set, else the first on PATH, else the usual place."""
+    """Path of nvcc: under CUDA_HOME (or CUDA_PATH), else the first on PATH, else in /usr/local/cuda/bin."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     places = [Path(home) / "bin" / "nvcc"] if home else []
     return (
@@ -55,7 +55,7 @@ def nvcc() -> str | None:
 
 
 def build(target: Path) -> Path:
-    """Compile the library to ``target``, about 20 s. Raises RuntimeError with the compiler's words where it cannot."""
+    """Compile the library to ``target``, about 20 s. Raises RuntimeError with the compiler's message on failure."""
     compiler = nvcc()
     if compiler is None:
         raise RuntimeError("nvcc was not found (on PATH or under CUDA_HOME)")

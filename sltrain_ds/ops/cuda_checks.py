@@ -1,4 +1,4 @@
-"""What the CUDA kernels can take: dtypes, shapes, contiguity and devices of their arguments."""
+"""Argument checks of the CUDA kernels: dtypes, shapes, contiguity and devices."""
 
 import torch
 
@@ -6,12 +6,12 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # as in csrc/cuda/launchers.h
 
 
 def supports(*tensors: torch.Tensor) -> bool:
-    """Whether the kernels know the dtypes of W and the values: float32 and bfloat16."""
+    """Whether the kernels support the dtypes of W and the values: float32 and bfloat16."""
     return all(tensor.dtype in DTYPES for tensor in tensors)
 
 
 def check_support(W, rows, columns, values) -> None:
-    """RuntimeError unless scatter-add and gather can take these; csrc/moves.cpp checks the same."""
+    """Raise RuntimeError unless scatter-add and gather accept these arguments; same checks as in csrc/moves.cpp."""
     tensors = (W, rows, columns, values)
     require(W.dim() == 2, "W must be a matrix")
     require(rows.dtype == torch.int32 and rows.numel() == W.shape[0] + 1, "S_rows must be int32 (out + 1,)")
@@ -23,7 +23,7 @@ def check_support(W, rows, columns, values) -> None:
 
 
 def check_adam(p, g, m8, v8, absmax_m, absmax_v, tables, step, offset):
-    """RuntimeError unless the 8-bit Adam step can take these; csrc/adam8bit.cpp checks the same."""
+    """Raise RuntimeError unless the 8-bit Adam step accepts these arguments; same checks as in csrc/adam8bit.cpp."""
     tensors, blocks = (p, g, m8, v8, absmax_m, absmax_v, tables), -(-p.numel() // 256)
     require(supports(p, g), f"adam8bit: parameter and gradient must be float32 or bfloat16, got {p.dtype}, {g.dtype}")
     require(m8.dtype == v8.dtype == torch.uint8, "adam8bit: states must be uint8")
@@ -47,7 +47,7 @@ def check_adam(p, g, m8, v8, absmax_m, absmax_v, tables, step, offset):
 
 
 def check_adam4bit(p, g, m4, v4, absmax_m, absmax_v, tables, step, offset):
-    """RuntimeError unless the 4-bit Adam step can take these; csrc/adam4bit.cpp checks the same."""
+    """Raise RuntimeError unless the 4-bit Adam step accepts these arguments; same checks as in csrc/adam4bit.cpp."""
     tensors, codes, blocks = (p, g, m4, v4, absmax_m, absmax_v, tables), -(-p.numel() // 2), -(-p.numel() // 128)
     require(supports(p, g), f"adam4bit: parameter and gradient must be float32 or bfloat16, got {p.dtype}, {g.dtype}")
     require(g.numel() == p.numel(), "adam4bit: parameter and gradient differ in size")
@@ -69,7 +69,7 @@ def check_adam4bit(p, g, m4, v4, absmax_m, absmax_v, tables, step, offset):
 
 
 def check_adam32bit(p, g, m, v, absmax_m, absmax_v, tables, step, offset):
-    """RuntimeError unless the Adam step with float32 moments can take these."""
+    """Raise RuntimeError unless the Adam step with float32 moments accepts these arguments."""
     tensors = (p, g, m, v)
     require(supports(p, g), f"adam32bit: parameter and gradient must be float32 or bfloat16, got {p.dtype}, {g.dtype}")
     require(m.dtype == v.dtype == torch.float32, "adam32bit: moments must be float32")
@@ -86,7 +86,7 @@ CHECKS = {"8bit": check_adam, "4bit": check_adam4bit, "32bit": check_adam32bit}
 
 
 def step_and_offset(scalars):
-    """Of the operator's: lr, beta1, beta2, eps, weight_decay, decoupled, step, stochastic, seed, key, offset, ..."""
+    """(step, offset) of lr, beta1, beta2, eps, weight_decay, decoupled, step, stochastic, seed, key, offset, ..."""
     return scalars[6], scalars[10]
 
 

@@ -1,4 +1,4 @@
-"""The name under which a device's measured times are kept and shown."""
+"""Names of devices, used to store and print measured times."""
 
 import platform
 from pathlib import Path
@@ -9,13 +9,13 @@ from sltrain_ds.ops import builder
 
 
 def device_name(device: str | torch.device) -> str:
-    """The GPU's or the processor's model, as its driver or /proc/cpuinfo gives it."""
+    """Model of the GPU (from its driver) or of the processor (from /proc/cpuinfo)."""
     device = torch.device(device)
     return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
 
 
 def instructions(device: str | torch.device) -> str:
-    """What the kernels use of it: a GPU's compute capability, or the vector instructions of torch's and of our own."""
+    """A GPU's compute capability, or the CPU levels that torch's and our kernels use."""
     device = torch.device(device)
     if device.type == "cuda":
         return "sm_{}{}".format(*torch.cuda.get_device_capability(device))

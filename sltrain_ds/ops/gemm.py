@@ -1,5 +1,5 @@
-"""The dense products of the operator. On the CPU csrc/gemm.cpp cuts them into fixed blocks, so that results do not
-depend on the number of threads; elsewhere, and without the C++ ops, PyTorch's own.
+"""Dense products of the operator. On the CPU csrc/gemm.cpp computes them in fixed blocks, so that results do not
+depend on the number of threads. On other devices, and without the C++ ops, PyTorch computes them.
 """
 
 import torch
@@ -7,14 +7,14 @@ import torch
 from sltrain_ds.ops import builder
 
 _addmm = torch.addmm
-# a sum over k is accumulated in fp32 and rounded once on CUDA too: cuBLAS may not add partial sums in bf16
+# on CUDA too, sums over k are accumulated in fp32 and rounded once: cuBLAS must not add partial sums in bf16
 torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
 
 def gemm_(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, alpha: float = 1.0, bias=None, add=False):
     """out (m, n) = alpha * a (m, k) b (k, n) + bias (n,), or out += with ``add``; returns out.
 
-    a and b have one dtype; without ``add`` out may be wider than they are.
+    a and b have one dtype; without ``add`` out may have a wider one.
     """
     if out.dtype != a.dtype:  # autocast: the gradient is wider than the product
         return out.copy_(gemm_(torch.empty_like(out, dtype=a.dtype), a, b)).mul_(alpha)
@@ -27,12 +27,12 @@ def gemm_(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, alpha: float = 1.
 
 
 def is_counted() -> bool:
-    """Whether DeepSpeed's flops profiler stands in torch.addmm's place and counts what goes through it."""
+    """Whether DeepSpeed's flops profiler has replaced torch.addmm to count its calls."""
     return torch.addmm is not _addmm
 
 
 def column_sum_(out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """out (n,) = sum over the rows of x (m, n), contiguous, in fp32 (fp64); returns out."""
+    """out (n,) = sum over the rows of x (m, n), contiguous, accumulated in fp32 (fp64); returns out."""
     if out.device.type == "cpu" and builder.load():
         torch.ops.sltrain.column_sum_(out, x)
         return out

@@ -1,11 +1,11 @@
-"""Mode "keep_step": W is built once an optimizer step and dW is summed over its micro-batches, then projected once.
+"""Mode "keep_step": builds W once per optimizer step, sums dW over its micro-batches and projects it once.
 
-dA = s B^T dW, dB = s dW A^T and dS = dW on the support are linear in dW, so the sum may be taken first. A layer then
-holds W and the sum, both (out, in) in the compute dtype, as long as the mode is on. Only in the last micro-batch do A,
-B and S take part in the graph, so gradient hooks (DeepSpeed's) see one gradient a step, the whole of it.
+dA = s B^T dW, dB = s dW A^T and dS = dW on the support are linear in dW, so the sum can be taken first. While the mode
+is on, a layer holds W and the sum, both (out, in) in the compute dtype. A, B and S are part of the graph only in the
+last micro-batch, so gradient hooks (DeepSpeed's) see one complete gradient per step.
 
-Someone has to say where a step begins and ends: ``micro_batches``. Outside of that, under torch.compile, and for an x
-that wants no gradient, the layer computes as in "keep".
+``micro_batches`` marks the beginning and end of a step. Outside of it, under torch.compile, and for an x that does not
+require grad, the layer computes as in "keep".
 """
 
 from collections.abc import Iterable, Iterator
@@ -18,14 +18,14 @@ from sltrain_ds.ops.sltrain_linear import as_matrix
 
 
 class Held:
-    """What a layer holds: W, valid in this step once `built`, and the sum of dW, begun once `summed`."""
+    """Tensors that a layer holds: W, valid in this step if `built`, and the sum of dW, started if `summed`."""
 
     def __init__(self):
         self.W = self.dW = None
         self.running = self.last = self.built = self.summed = False
 
     def begin(self, first: bool, last: bool) -> None:
-        """A micro-batch, perhaps the step's first or last."""
+        """Begin a micro-batch; `first` and `last` mark the step's first and last one."""
         self.running, self.last = True, last
         if first:
             self.built = self.summed = False
@@ -42,8 +42,8 @@ class Held:
 
 
 def micro_batches(model: torch.nn.Module, batches: Iterable) -> Iterator:
-    """Yield the micro-batches of one optimizer step; each must be run forward and backward before the next is asked
-    for, and the weights must not change until the last has been.
+    """Yield the micro-batches of one optimizer step. Each must run forward and backward before the next is requested,
+    and the weights must not change before the last one is done.
     """
     batches, held = list(batches), holders(model)
     try:
@@ -57,18 +57,18 @@ def micro_batches(model: torch.nn.Module, batches: Iterable) -> Iterator:
 
 
 def holders(model: torch.nn.Module) -> list[Held]:
-    """Of the layers whose mode this is."""
+    """The `Held` of every layer in this mode."""
     return [module.held for module in model.modules() if isinstance(getattr(module, "held", None), Held)]
 
 
 def serves(held: Held, x: torch.Tensor) -> bool:
-    """Whether `linear` can be called: a step is under way, and the gradients of x will come by."""
+    """Whether `linear` can be called: a step is running, and x requires grad or grad mode is off."""
     grad = torch.is_grad_enabled()
     return held.running and not x.is_meta and not torch.compiler.is_compiling() and (x.requires_grad or not grad)
 
 
 def linear(held: Held, x, A, B, values, rows, columns, scaling, bias=None):
-    """``sltrain_linear.linear`` with the W of this step. Shapes and dtypes as there."""
+    """``sltrain_linear.linear`` with this step's W; same shapes and dtypes."""
     dtype = sltrain_linear.compute_dtype(x)
     if not held.built:
         with torch.no_grad():
@@ -110,5 +110,5 @@ class _Held(torch.autograd.Function):
             needs = need_A, need_B, need_values
             dA, dB, dvalues = (torch.empty_like(t) if n else None for t, n in zip((A, B, values), needs, strict=True))
             sltrain_linear.project(held.dW, A, B, rows, columns, ctx.scaling, needs, (dA, dB, dvalues))
-            held.summed = False  # a layer that is used twice begins anew: the projection is linear
+            held.summed = False  # a layer used twice starts a new sum; correct because the projection is linear
         return dx, dA, dB, dvalues, dbias, None, None, None, None

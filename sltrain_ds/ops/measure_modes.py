@@ -1,14 +1,14 @@
-"""What each mode takes on this machine: one layer, forward and backward, the modes in turn, round by round.
+"""Measurement of the modes on this machine: one layer's forward and backward, modes interleaved in rounds.
 
-Where whole passes would take too long, slices of the layer are timed and scaled up by what is exactly linear:
+If whole passes would take too long, parts of the layer are timed and scaled along dimensions in which cost is linear:
 
-    compose, keep               a slice of W's rows at `few` tokens, nearly all of it W's own cost, times out / rows;
-                                and the three products with W ("held", below) at `many` tokens, times out / rows and
+    compose, keep               a slice of W's rows at `few` tokens (almost only the cost of W), times out / rows; plus
+                                the three products with W ("held", below) at `many` tokens, times out / rows and
                                 tokens / many
-    factored, factored_dense    whole layers at `few` and at `many` tokens, a straight line through both
+    factored, factored_dense    whole layers at `few` and at `many` tokens, extrapolated linearly
 
-"held" is a micro-batch in the midst of a step in mode "keep_step": W is there already, and dW is added to. So a
-micro-batch of "keep_step" takes, on average over n of them, what "held" takes and an n-th of what "keep" takes more.
+"held" is a micro-batch within a step in mode "keep_step": W exists already, and dW is accumulated. The mean time of n
+micro-batches in "keep_step" is therefore that of "held" plus 1/n of the difference between "keep" and "held".
 """
 
 import itertools
@@ -20,18 +20,18 @@ import torch
 
 from sltrain_ds.ops import keep_step, sltrain_linear, spmm, support, timing, workspace
 
-SECONDS = 0.8  # that a layer may take to measure, about
-ROUNDS = 50  # at most, after one to warm up
-BURST = 0.002  # seconds that a measurement takes at least
-CACHE, COPIES = 16 << 20, 8  # bytes of the copies of a layer that take turns; how many at most
-CLEARLY = (3.0, 1.5)  # times the best after the warm-up, and after any later round: clearly slower
-SHORT = 0.05  # of the seconds: a warm-up's time up to which it tells nothing, since first calls allocate
-_SPARSE = 8  # times a dense one: an operation of the sparse products, roughly; decides about slices alone
+SECONDS = 0.8  # approximate time budget per layer
+ROUNDS = 50  # maximum, after one warm-up round
+BURST = 0.002  # minimum seconds per measurement
+CACHE, COPIES = 16 << 20, 8  # bytes of a layer's alternating copies; their maximum number
+CLEARLY = (3.0, 1.5)  # a mode is clearly slower beyond this ratio to the best: after the warm-up, after later rounds
+SHORT = 0.05  # fraction of the budget below which a warm-up time excludes no mode, since first calls allocate
+_SPARSE = 8  # rough cost of a sparse operation in dense ones; used only to decide whether to measure slices
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer at work. `recomputed`: under activation checkpointing, so that its forward runs twice."""
+    """Sizes and setting of a layer. `recomputed`: under activation checkpointing, so that its forward runs twice."""
 
     out_features: int
     in_features: int
@@ -45,21 +45,21 @@ class Layer:
 
 
 def candidates(device, keep: bool = False, held: bool = False) -> list[str]:
-    """What there is to be measured on the device, with what holds weights as far as that is asked for."""
-    sparse = ["factored"] if spmm.available(torch.device(device)) else []  # else it is factored_dense by another name
+    """Names to measure on the device; `keep` and `held` include the modes that hold weights."""
+    sparse = ["factored"] if spmm.available(torch.device(device)) else []  # otherwise it is the same as factored_dense
     return [*sparse, "compose", "factored_dense", *["keep"] * (keep or held), *["held"] * held]
 
 
 def measure(layer: Layer, names: list[str], seconds: float = SECONDS, timer=timing.seconds) -> dict[str, float]:
-    """Seconds of a forward and backward, by name; `names` as `candidates` gives them.
+    """Seconds of a forward and backward by name; `names` are those of `candidates`.
 
-    What is clearly slower than the best is not measured to the end: its time is a rough one. Leaves no memory behind,
-    and torch's random numbers as they were.
+    A mode that is clearly slower than the best is dropped early, so its time is approximate. Releases all memory and
+    does not change torch's random state.
     """
     try:
         with torch.enable_grad():
             tiny = replace(layer, out_features=8, in_features=8, rank=1, nnz=8, tokens=8)
-            for name in names:  # what a process does once, such as to load libraries, is no layer's cost
+            for name in names:  # excludes one-time costs of the process, such as loading libraries
                 _pass(_Copies(tiny), name, 8, 8, 1)()
             return race(*_parts(layer, names, _rate(layer, timer), seconds), seconds, layer.device, timer)
     finally:
@@ -69,7 +69,7 @@ def measure(layer: Layer, names: list[str], seconds: float = SECONDS, timer=timi
 
 
 def of_a_step(times: dict[str, float], micro_batches: int) -> dict[str, float]:
-    """Mode -> seconds of a micro-batch, from what `measure` found: "held" becomes "keep_step"."""
+    """{mode: seconds per micro-batch} from the result of `measure`; "held" becomes "keep_step"."""
     found = {mode: seconds for mode, seconds in times.items() if mode != "held"}
     if "held" in times and micro_batches > 1:
         more = max(0.0, times["keep"] - times["held"])
@@ -84,15 +84,15 @@ def race(
     device: str | torch.device = "cpu",
     timer: Callable[[Callable, int, object], float] = timing.seconds,
 ) -> dict[str, float]:
-    """Name -> seconds, the sum of its parts' fewest ones: `sums`, name -> {part of `runs`: how often it counts}.
+    """{name: seconds}: the weighted sum of its parts' minimum times; `sums` is {name: {part of `runs`: weight}}.
 
-    Rounds time every part once, the order turning by one place; they end with `seconds`, after the first at least, or
-    when one mode is left. Who is clearly slower than the best drops out, and so do parts that nobody needs any more.
-    `timer(run, calls, device)` gives the seconds of one call.
+    Each round times every part once, in an order rotated by one position. Rounds end after `seconds` (at least one
+    runs), or when one mode is left. A mode clearly slower than the best drops out, and with it the parts that no other
+    mode needs. `timer(run, calls, device)` returns the seconds of one call.
     """
     fewest, calls, spent, left = {}, dict.fromkeys(runs, 1), 0.0, list(sums)
 
-    def total(name):  # a straight line through noise may fall, but no mode takes less than a part of it
+    def total(name):  # noise can make the line's slope negative, but no mode takes less than one of its parts
         least = max(fewest[part] for part, count in sums[name].items() if count > 0)
         return max(least, sum(count * fewest[part] for part, count in sums[name].items()))
 
@@ -117,7 +117,7 @@ def race(
 
 
 def _parts(layer, names, rate, seconds):
-    """(part -> call, name -> {part: how often it counts}), for passes that together take some `seconds` at most."""
+    """({part: function}, {name: {part: weight}}) for passes that together take about `seconds` at most."""
     tokens, out, copies = layer.tokens, layer.out_features, _Copies(layer)
     forwards = 1 + layer.recomputed
     if sum(_operations(layer, name) for name in names) / rate <= seconds / 3:
@@ -144,14 +144,14 @@ def _parts(layer, names, rate, seconds):
 
 
 def _largest(most: int, there: int, fits) -> int:
-    """Of `most`, its half, and so on down to 2, the first that fits; not more than there are."""
+    """The first of `most`, `most` / 2, ... 2 that fits, limited to `there`."""
     while most > 2 and not fits(min(most, there)):
         most //= 2
     return min(most, there)
 
 
 def _operations(layer, name, rows=None, tokens=None) -> float:
-    """Of a forward and backward, those of sparse products weighted by what they cost more."""
+    """Operations of a forward and backward; those of sparse products are weighted by _SPARSE."""
     out, in_, rank = rows or layer.out_features, layer.in_features, layer.rank
     tokens = tokens or layer.tokens
     with_W, through_factors = 6 * tokens * out * in_, 6 * tokens * rank * (out + in_)
@@ -165,7 +165,7 @@ def _operations(layer, name, rows=None, tokens=None) -> float:
 
 
 def _rate(layer, timer) -> float:
-    """Operations a second of a dense product, as large as it must be to take 5 ms."""
+    """Operations per second of a dense product that is large enough to take 5 ms."""
     side, rate = 128, 0.0
     factory = {"dtype": layer.dtype, "device": layer.device}
     while side <= 2048:
@@ -180,17 +180,17 @@ def _rate(layer, timer) -> float:
 
 
 class _Copies:
-    """The tensors of a layer's passes, which all modes share.
+    """Tensors of a layer's passes, shared by all modes.
 
-    As in a model, a call finds other ones than the call before: several copies take turns, so many that the caches do
-    not hold them all.
+    As in a model, consecutive calls use different tensors: calls cycle through several copies, so that together they
+    exceed the caches.
     """
 
     def __init__(self, layer: Layer):
         self.layer, self._drawn = layer, {}
 
     def of(self, rows: int, tokens: int) -> list[tuple]:
-        """(linear's arguments up to the bias, dy) of the first `rows` rows of W, on so many tokens."""
+        """(arguments of `linear` up to the bias, dy) for the first `rows` rows of W and `tokens` tokens."""
         if (rows, tokens) not in self._drawn:
             numbers = (rows + self.layer.in_features) * (2 * tokens + self.layer.rank)
             count = max(1, min(COPIES, CACHE // (numbers * self.layer.dtype.itemsize)))
@@ -210,7 +210,7 @@ class _Copies:
 
 
 def _pass(copies, name, rows, tokens, forwards):
-    """A call that does forward and backward of the first `rows` rows of the layer's W, on so many tokens."""
+    """Function that does forward and backward of the first `rows` rows of the layer's W on `tokens` tokens."""
     turns = itertools.cycle([_one_pass(*one, name, forwards) for one in copies.of(rows, tokens)])
     return lambda: next(turns)()
 
@@ -240,7 +240,7 @@ def _one_pass(arguments, dy, name, forwards):
 
 
 def _filled(shape, dtype, device) -> torch.Tensor:
-    """Normal numbers, the same some thousand over and over: drawing them all takes longer than to compute with them."""
+    """Normal numbers, repeating after a few thousand: drawing all of them would take longer than the measurement."""
     numel = math.prod(shape)
     some = torch.randn(min(numel, 4099) or 1, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     return some.repeat(-(-numel // some.numel()))[:numel].view(shape)

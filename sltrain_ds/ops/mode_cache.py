@@ -1,8 +1,8 @@
-"""Measured times of the modes, kept in the user's cache directory, so that a machine measures a layer once.
+"""Cache of the modes' measured times in the user's cache directory, so that a machine measures a layer once.
 
 modes.json under $XDG_CACHE_HOME/sltrain_ds (~/.cache/sltrain_ds): {"format": 1, "times": {machine: {layer: {name:
-seconds}}}}. A machine is a device with its instructions, threads, and the versions of torch, of this package and of its
-kernels: whatever of these changes has it measured anew.
+seconds}}}}. A machine is a device with its instruction set, threads, and the versions of torch, of this package and of
+its kernels; a change of any of them causes a new measurement.
 """
 
 import hashlib
@@ -23,25 +23,25 @@ FORMAT = 1
 
 
 def path() -> Path:
-    """The file; it need not exist."""
+    """Path of the cache file, which may not exist."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "sltrain_ds" / "modes.json"
 
 
 def find(layer: Layer, names: list[str]) -> dict[str, float] | None:
-    """Name -> seconds where all of `names` have been measured here before, else None."""
+    """{name: seconds} if all of `names` have been measured on this machine, else None."""
     found = _read().get(_machine(layer.device), {}).get(_key(layer), {})
     return {name: found[name] for name in names} if set(names) <= set(found) else None
 
 
 def keep(layer: Layer, times: dict[str, float]) -> None:
-    """Add the times to the file, which appears whole or not at all; says why where it cannot be written."""
+    """Add the times to the file, written atomically; prints the reason if it cannot be written."""
     everything, machine = _read(), _machine(layer.device)
     everything.setdefault(machine, {})[_key(layer)] = times
     target, partial = path(), None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        # a name of its own: other runs may write at the same time, and the last one stays
+        # a unique name: other runs may write at the same time; the last one wins
         with tempfile.NamedTemporaryFile("w", dir=target.parent, prefix=".modes.", delete=False) as file:
             partial = file.name
             json.dump({"format": FORMAT, "times": everything}, file, indent=1)
@@ -59,10 +59,10 @@ def _read() -> dict[str, dict[str, dict[str, float]]]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        _say(f"{target}: cannot be read ({error}); the modes are measured anew")
+        _say(f"{target}: cannot be read ({error}); the modes are measured again")
         return {}
     if not _is_sound(found):
-        _say(f"{target}: is not a file of measured modes; they are measured anew")
+        _say(f"{target}: is not a file of measured modes; they are measured again")
         return {}
     return found["times"]
 
@@ -94,7 +94,7 @@ def _kernels(kind) -> str:
 
 
 def _operator() -> str:
-    """A digest of the files in this directory, which call the kernels and measure them."""
+    """Digest of the files in this directory, which call and measure the kernels."""
     digest = hashlib.sha256()
     for file in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(file.read_bytes())
@@ -111,7 +111,7 @@ _said = set()
 
 
 def _say(line):
-    """Once."""
+    """Print a line once."""
     if line not in _said:
         _said.add(line)
         print(f"sltrain_ds: {line}", flush=True)

@@ -1,8 +1,8 @@
-"""Which way an SLTrain layer computes: the choice among the modes of ``sltrain_linear``, and a model's modes.
+"""Choice among the modes of ``sltrain_linear`` for an SLTrain layer, and the modes of a model.
 
-``plan`` chooses from measured times (``measure_modes``). Where nothing may be measured, ``rule`` does: in a layer
-outside a run, and with `sltrain.deterministic`, where two fresh runs must give the same bits. In a run rank 0 chooses
-for all (zero/agree_on_modes.py).
+``plan`` chooses from measured times (``measure_modes``). ``rule`` chooses without measuring: for a layer outside a run,
+and with `sltrain.deterministic`, under which two fresh runs must be bit-identical. In a run rank 0 chooses for all
+ranks (zero/agree_on_modes.py).
 """
 
 from collections.abc import Callable
@@ -14,17 +14,17 @@ from sltrain_ds.ops import spmm
 from sltrain_ds.ops.sltrain_linear import MODES
 
 CHOICES = ("auto", *MODES, "keep_step")
-HOLDING = ("keep", "keep_step")  # they hold weights
-ORDER = ("factored", "compose", "factored_dense", *HOLDING)  # of those that are equally fast, the first
-NOISE = 0.03  # of a time: what differs by less is equally fast
+HOLDING = ("keep", "keep_step")  # modes that hold weights
+ORDER = ("factored", "compose", "factored_dense", *HOLDING)  # preference among equally fast modes
+NOISE = 0.03  # relative difference below which times count as equal
 
 
 def rule(out: int, in_: int, tokens: int, device: str | torch.device) -> str:
-    """The mode for a layer of these sizes, from their arithmetic alone; never one that holds weights.
+    """Mode for a layer of these sizes by operation count alone; never one that holds weights.
 
-    "factored" where there are sparse products. Where S has to be made dense for it, "factored_dense" takes
-    6 T out in + 6 T r (out + in) operations and "compose" 6 T out in + 8 r out in: so up to
-    T = 4/3 out in / (out + in) the first, else the second.
+    "factored" if sparse products are available. Otherwise S must be made dense: "factored_dense" takes
+    6 T out in + 6 T r (out + in) operations and "compose" 6 T out in + 8 r out in, so the first is chosen up to
+    T = 4/3 out in / (out + in), the second above.
     """
     if spmm.available(torch.device(device)):
         return "factored"
@@ -32,7 +32,7 @@ def rule(out: int, in_: int, tokens: int, device: str | torch.device) -> str:
 
 
 def fastest(times: dict[str, float]) -> str:
-    """The mode of the least time; of those within NOISE of it the first in ORDER, so that chance decides less."""
+    """The fastest mode; among those within NOISE of it the first in ORDER, to reduce the effect of noise."""
     least = min(times.values())
     return next(mode for mode in ORDER if mode in times and times[mode] <= least * (1 + NOISE))
 
@@ -43,11 +43,11 @@ def plan(
     held: Callable[[str, str], int],
     fits: Callable[[dict[str, str]], bool],
 ) -> dict[str, str]:
-    """Shape -> mode, from times: shape -> {mode: seconds of a layer}.
+    """Choose {shape: mode} from times, {shape: {mode: seconds per layer}}.
 
-    layers: shape -> how many there are; held(shape, mode): bytes that they all hold in a mode of HOLDING;
-    fits(shape -> mode): whether there is memory for it. Where not all can have what is fastest, memory goes to the
-    shapes where a byte saves the most time.
+    layers: {shape: number of layers}; held(shape, mode): bytes that all of them hold in a mode of HOLDING;
+    fits({shape: mode}): whether memory suffices for it. If memory does not suffice for the fastest modes everywhere, it
+    goes to the shapes that save the most time per byte.
     """
     chosen = {
         shape: fastest({mode: seconds for mode, seconds in found.items() if mode not in HOLDING})
@@ -67,7 +67,7 @@ def plan(
 
 
 def set_op_mode(model: torch.nn.Module, mode: str | dict[str, str]) -> None:
-    """Make every SLTrain layer of the model compute in ``mode``: "auto", one of MODES, or {"OUTxIN": mode}."""
+    """Set the mode of every SLTrain layer of the model: "auto", one of MODES, or {"OUTxIN": mode}."""
     for layer in layers(model):
         layer.op_mode = mode if isinstance(mode, str) else mode.get(shape_of(layer), "auto")
 
@@ -83,7 +83,7 @@ def shape_of(layer) -> str:
 
 
 def chosen(model: torch.nn.Module) -> dict[str, str]:
-    """Layer name -> mode, of the layers that have one: set, or chosen at their first forward."""
+    """{layer name: mode} of the layers whose mode is set or was chosen at their first forward."""
     return {layer.layer_name: layer.current_mode for layer in layers(model) if layer.current_mode}
 
 

@@ -1,4 +1,4 @@
-"""W = scaling * B A + S in obvious, autograd-visible PyTorch: what every kernel is tested against."""
+"""Reference for W = scaling * B A + S in plain, differentiable PyTorch, against which every kernel is tested."""
 
 import torch
 

@@ -1,24 +1,24 @@
 """y = x W^T + b with W = scaling * B A + S, as a torch.library operator with fake and autograd parts.
 
-Four ways to the same result (``modes`` chooses):
+Four modes compute the same result (``modes`` chooses):
 
-compose         W is built in one workspace shared by all layers (one GEMM with the scaling folded in, then S scattered
-                in), used in one dense GEMM, and forgotten; the backward builds it again. Saved for the backward: x and
-                the parameters.
-keep            the same, but W is held from forward to backward.
+compose         W is built in a workspace shared by all layers (one GEMM that includes the scaling, then a scatter of
+                S) and used in one dense GEMM; it is not saved, and the backward builds it again. Saved for the
+                backward: x and the parameters.
+keep            the same, but W is kept from forward to backward.
 factored        W is never built: u = x A^T, y = scaling * u B^T + x S^T through a blocked sparse product (``spmm``).
                 Saved: x, the parameters and u.
-factored_dense  factored, with S alone made dense in the workspace. Also what factored does on a GPU and without the
-                C++ ops.
+factored_dense  factored, with only S made dense in the workspace. The factored mode falls back to it on a GPU and
+                without the C++ ops.
 
 Precision: the compute dtype is x's. GEMMs accumulate in fp32 and round once. In compose and keep, S is added to BA in
-fp32 and rounded once: so W in bf16 carries two roundings (2^-9 relative each), and the workspace stays at two bytes an
-element, where an fp32 workspace would double both; dW is one GEMM, dA and dB are GEMMs over it, and dS reads it at the
-support. In the factored modes u and du carry one rounding, y and dx one for each of their two parts. Forward and
-backward see the same bits of W, or of A, B and S. No mode's bits depend on the number of CPU threads.
+fp32 and rounded once, so W in bf16 has two roundings (2^-9 relative each) and the workspace needs two bytes per
+element; an fp32 workspace would double it. dW is one GEMM, dA and dB are GEMMs of it, and dS is gathered from it at the
+support. In the factored modes u and du have one rounding, y and dx one for each of their two parts. Forward and
+backward use the same bits of W, or of A, B and S. No mode's bits depend on the number of CPU threads.
 
-This file is the reference. Where the C++ ops serve and nothing but autograd looks on, csrc/layer.cpp does the same, to
-the bit, in one call for the forward and one for the backward.
+This file is the reference. If the C++ ops are loaded and no mode or subclass other than autograd intercepts the call,
+csrc/layer.cpp computes the same, bit for bit, in one call for the forward and one for the backward.
 """
 
 import torch
@@ -33,15 +33,15 @@ def linear(x, A, B, values, rows, columns, scaling, bias=None, mode="compose"):
     """y (..., out) = x (..., in) W^T + bias.
 
     A (rank, in), B (out, rank), values (nnz,), bias (out,) or None; rows int32 (out + 1) and columns (nnz,) a checked
-    support; mode one of MODES. Under autocast x is cast as ``nn.Linear`` casts it, and the parameters where they are
-    used, so that no casted copy is saved.
+    support; mode one of MODES. Under autocast x is cast as in ``nn.Linear``, and the parameters where they are used, so
+    that no cast copy is saved.
     """
     dtype = compute_dtype(x)
     if x.dtype != A.dtype and not _autocast(x):
         raise RuntimeError(f"x and the weights must have the same dtype, got {x.dtype} and {A.dtype}")
     x = x.to(dtype)
     if mode == "keep" and not torch.is_grad_enabled():
-        mode = "compose"  # nothing to keep W for
+        mode = "compose"  # no backward needs W
     arguments = (x, A, B, values, rows, columns, bias, scaling)
     if not _is_plain(x):
         return torch.ops.sltrain.linear(*arguments, mode)[0]
@@ -51,12 +51,12 @@ def linear(x, A, B, values, rows, columns, scaling, bias=None, mode="compose"):
 
 
 def _native_serves(x, values):
-    """Whether csrc/layer.cpp can take the whole pass."""
+    """Whether csrc/layer.cpp can do the whole pass."""
     return builder.load() and not is_counted() and (x.device.type == "cpu" or sparse.on_cuda(x, values))
 
 
 def compute_dtype(x) -> torch.dtype:
-    """x's, or under autocast what ``nn.Linear`` would cast x to."""
+    """x's dtype, or under autocast the one to which ``nn.Linear`` would cast x."""
     return torch.get_autocast_dtype(x.device.type) if _autocast(x) else x.dtype
 
 
@@ -65,7 +65,7 @@ def _autocast(x):
 
 
 def compose(A, B, values, rows, columns, scaling, dtype, out=None):
-    """W (out, in): in ``out``, or in the shared workspace, valid until that is taken again."""
+    """Build W (out, in) in ``out``, or in the shared workspace, where it is valid until the next ``workspace.take``."""
     W = workspace.take(B.shape[0], A.shape[1], dtype, A.device) if out is None else out
     gemm_(W, B.to(dtype), A.to(dtype), scaling)
     sparse.scatter_add_(W, rows, columns, values)
@@ -93,7 +93,7 @@ def _forward(
     scaling: float,
     mode: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(y, what the mode keeps for the backward: W, u, or nothing)"""
+    """(y, tensor that the mode keeps for the backward: W, u, or empty)"""
     flat, dtype = as_matrix(x), x.dtype
     bias = None if bias is None else bias.to(dtype)
     y, kept = _outputs(x, A, B, mode)
@@ -163,7 +163,7 @@ def _backward_of_W(dy, x, A, B, values, rows, columns, kept, scaling, mode, need
 
 
 def project(dW, A, B, rows, columns, scaling, needs, grads):
-    """dA = s B^T dW, dB = s dW A^T and dS = dW on the support (paper, section 3.3), written to `grads` where needed."""
+    """Write dA = s B^T dW, dB = s dW A^T and dS = dW on the support (paper, section 3.3) to `grads` where needed."""
     (dA, dB, dvalues), (need_A, need_B, need_values) = grads, needs
     if need_values:
         sparse.gather(dW, rows, columns, out=dvalues)
@@ -211,7 +211,7 @@ def as_matrix(x):
 
 
 def _gradient_buffers(x, A, B, values, *needed):
-    # what is not needed comes back empty: an operator's outputs cannot be None
+    # gradients that are not needed are empty: an operator's outputs cannot be None
     wanted = zip((x, A, B, values, A), (x.shape, A.shape, B.shape, values.shape, B.shape[:1]), needed, strict=True)
     return [torch.empty(shape if need else (0,), dtype=t.dtype, device=t.device) for t, shape, need in wanted]
 
@@ -229,7 +229,7 @@ def _backward(ctx, dy, _):
         return (None,) * 9
     x, A, B, values, rows, columns, *kept = ctx.saved_tensors
     needs = [*ctx.needs_input_grad[:4], ctx.needs_input_grad[6]]  # x, A, B, values, bias
-    # with a graph wanted of the backward itself, the operator refuses
+    # with create_graph, the operator raises: there is no double backward
     call = _gradients if _is_plain(dy) and not torch.is_grad_enabled() else torch.ops.sltrain.linear_backward
     found = call(dy, x, A, B, values, rows, columns, kept[0] if kept else None, ctx.scaling, ctx.mode, *needs)
     *grads, dbias = [grad if need else None for grad, need in zip(found, needs, strict=True)]
@@ -237,7 +237,7 @@ def _backward(ctx, dy, _):
 
 
 class _Eager(torch.autograd.Function):
-    """The same forward and backward without the dispatcher, whose way through Python costs 0.15 ms a layer."""
+    """The same forward and backward without the dispatcher, which costs 0.15 ms per layer in Python."""
 
     @staticmethod
     def forward(ctx, *inputs):
@@ -249,7 +249,7 @@ class _Eager(torch.autograd.Function):
 
 
 def _is_plain(x):
-    """Whether nothing but autograd looks on: no tracing, no tensor subclass, no functorch transform."""
+    """Whether only autograd observes the call: no tracing, no tensor subclass, no functorch transform."""
     return (
         type(x) in (torch.Tensor, torch.nn.Parameter)
         and not x.is_meta

@@ -1,8 +1,8 @@
-"""The two sparse moves of the operator: scatter-add of S into W, and gather of dW at the support.
+"""Scatter-add of S into W and gather of dW at the support.
 
-The support is checked once, when it is built (``support.check``); positions are not checked here. On the CPU
-csrc/support.cpp serves where it could be built, on CUDA csrc/cuda where the kernels are there for the dtypes (``cuda``
-says once where they are not), else a few lines of PyTorch with the same results.
+The support is checked once, when it is built (``support.check``); positions are not checked here. The CPU uses
+csrc/support.cpp if it could be built, CUDA uses csrc/cuda if the kernels are loaded and support the dtypes (``cuda``
+prints once if they cannot be loaded). Otherwise a few lines of PyTorch give the same results.
 """
 
 import torch
@@ -38,5 +38,5 @@ def gather(W: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, out: torc
 
 
 def on_cuda(W: torch.Tensor, values: torch.Tensor) -> bool:
-    """Whether the CUDA kernels serve these."""
+    """Whether the CUDA kernels are used for these tensors."""
     return W.device.type == "cuda" and cuda_checks.supports(W, values) and cuda.load()

@@ -1,6 +1,6 @@
-"""The sparse products of the factored mode, S never made dense: y += x S^T, and its backward.
+"""Sparse products of the factored mode, without a dense S: y += x S^T, and its backward.
 
-csrc/spmm.cpp on the CPU. Where that does not serve (``available``), the caller makes S dense instead.
+Implemented in csrc/spmm.cpp for the CPU. If that is not ``available``, the caller makes S dense instead.
 """
 
 import torch

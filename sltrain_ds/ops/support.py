@@ -1,19 +1,18 @@
-"""The random support of S: which positions of the (out, in) matrix may be non-zero.
+"""Random support of S: the positions of the (out, in) matrix that may be non-zero.
 
-Exactly ``int(density * out * in)`` positions, uniform without replacement, as a function of (support_seed, layer
-name, out, in) through our own counter-based integer generator, so that every rank, device and library version draws
-the same.
+It has exactly ``int(density * out * in)`` positions, uniform without replacement. It is a function of (support_seed,
+layer name, out, in), computed by our own counter-based integer generator, so that every rank, device and library
+version draws the same support.
 
-Row counts first, then each row's columns, both through one keyed bijection (a Feistel network on the residues Z_a x
-Z_b of Black and Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002):
+Row counts are drawn first, then each row's columns, both with a keyed bijection (a Feistel network on the residues Z_a
+x Z_b of Black and Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002):
 
-* the rows of the first nnz of all out * in cells, in the bijection's order, counted: integers only, exactly
-  hypergeometric;
-* a row's columns are the first ``count`` values of a bijection of [0, in) keyed by the row, sorted.
+* row counts: the rows of the bijection's first nnz of out * in cells, counted; integers only, exactly hypergeometric;
+* columns of a row: the first ``count`` values of a bijection of [0, in) keyed by the row, sorted.
 
-So one row can be drawn alone, given its count. The layout is row-wise: row pointers int32 (out + 1), columns sorted
-in each row, uint16 (int32 where in > 65,536). This file is the numpy reference; csrc/support.cpp draws the same bits
-in parallel.
+A single row can therefore be drawn alone, given its count. The layout is row-wise: row pointers int32 (out + 1),
+columns sorted within each row, uint16 (int32 if in > 65,536). This file is the numpy reference; csrc/support.cpp draws
+the same bits in parallel.
 """
 
 import zlib
@@ -26,8 +25,8 @@ from sltrain_ds import formats
 from sltrain_ds.errors import UserError
 
 GENERATOR_VERSION = 1
-ROUNDS = 8  # of the Feistel network; four mix each half, far past what the statistical tests can see
-SMALLEST_SIDE = 4  # of Z_a and Z_b: below it eight rounds leave tiny domains visibly uneven
+ROUNDS = 8  # of the Feistel network, four per half; more than the statistical tests can detect
+SMALLEST_SIDE = 4  # minimum size of Z_a and Z_b: on smaller domains, eight rounds are visibly non-uniform
 _MASK64 = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 nnz_of = formats.nonzeros
@@ -39,7 +38,7 @@ def column_dtype(in_features: int) -> torch.dtype:
 
 
 def keys(support_seed: int, layer_name: str) -> tuple[int, int]:
-    """64-bit keys (of the row counts, of the columns) from the generator version, the seed and the name's bytes."""
+    """64-bit keys (for row counts, for columns) from the generator version, the seed and the name's bytes."""
     state = _mix64(GENERATOR_VERSION)
     name = layer_name.encode("utf-8")
     words = [support_seed & _MASK64, len(name)]
@@ -53,7 +52,7 @@ def sample(out_features, in_features, nnz, support_seed, layer_name, native=True
     """Draw a support.
 
     Returns (rows, columns) on the CPU: int32 (out + 1) row pointers and (nnz,) sorted columns of ``column_dtype(in)``.
-    ``native=False`` keeps to the numpy reference; both give the same bits.
+    ``native=False`` uses the numpy reference; both give the same bits.
     """
     if not 0 <= nnz <= out_features * in_features:
         raise UserError(
@@ -85,12 +84,12 @@ def sample(out_features, in_features, nnz, support_seed, layer_name, native=True
 
 
 def sample_row(row, count, in_features, support_seed, layer_name):
-    """The sorted columns of one row alone, given its count, as an int64 numpy array."""
+    """Sorted columns of a single row, given its count, as an int64 numpy array."""
     return _columns(np.array([row]), np.array([count]), in_features, keys(support_seed, layer_name)[1]).astype(np.int64)
 
 
 def row_counts(out_features, in_features, nnz, count_key):
-    """Non-zeros of each row: (out,) int64, the multivariate hypergeometric counts of nnz of the out * in cells."""
+    """Non-zeros per row, (out,) int64: multivariate hypergeometric counts of nnz cells out of out * in."""
     round_keys = _round_keys(np.array([count_key], dtype=np.uint64))
     counts = np.zeros(out_features, dtype=np.int64)
     for first in range(0, nnz, _CHUNK):
@@ -101,7 +100,7 @@ def row_counts(out_features, in_features, nnz, count_key):
 
 
 def check(rows: torch.Tensor, columns: torch.Tensor, out_features: int, in_features: int) -> str | None:
-    """None if (rows, columns) is a support of an (out, in) matrix, else what is wrong. The kernels rely on this
+    """None if (rows, columns) is a valid support of an (out, in) matrix, else the error. The kernels rely on this
     check.
     """
     if rows.dtype != torch.int32 or tuple(rows.shape) != (out_features + 1,):
@@ -117,16 +116,14 @@ def check(rows: torch.Tensor, columns: torch.Tensor, out_features: int, in_featu
         return f"S_columns must lie in [0, {in_features})"
     rising = np.diff(cols) > 0
     starts = pointers[1:-1]
-    rising[starts[(starts > 0) & (starts < cols.size)] - 1] = True  # a new row may begin lower
+    rising[starts[(starts > 0) & (starts < cols.size)] - 1] = True  # a new row may start lower
     if not rising.all():
         return "S_columns must rise strictly within each row"
     return None
 
 
 def checksum(rows: torch.Tensor, columns: torch.Tensor) -> int:
-    """63-bit checksum (two CRC-32), the same for equal supports on every device; fits an int64 tensor for
-    collectives.
-    """
+    """63-bit checksum (two CRC-32), equal for equal supports on every device; fits an int64 tensor for collectives."""
     high = zlib.crc32(np.ascontiguousarray(rows.detach().cpu().numpy()).data)
     low = zlib.crc32(np.ascontiguousarray(columns.detach().cpu().numpy()).data)
     return (high & 0x7FFFFFFF) << 32 | low
@@ -140,9 +137,9 @@ def to_flat_index(rows: torch.Tensor, columns: torch.Tensor, in_features: int) -
 
 
 def from_flat_index(index: torch.Tensor, out_features: int, in_features: int):
-    """Support of int64 flat positions in any order.
+    """Support from int64 flat positions in any order.
 
-    Returns (rows, columns, permutation): values given in the order of ``index`` become ``values[permutation]``.
+    Returns (rows, columns, permutation): values in the order of ``index`` become ``values[permutation]``.
     """
     index = index.detach().reshape(-1).long()
     ordered, permutation = torch.sort(index)
@@ -150,7 +147,7 @@ def from_flat_index(index: torch.Tensor, out_features: int, in_features: int):
         span = f"{int(ordered[0])} to {int(ordered[-1])}"
         raise UserError(f"sparse index out of range for a {out_features} x {in_features} matrix: {span}")
     if index.numel() > 1 and bool((ordered[1:] == ordered[:-1]).any()):
-        raise UserError("sparse index names a position twice; every position may occur once")
+        raise UserError("sparse index contains a position twice; every position may occur once")
     row = torch.div(ordered, in_features, rounding_mode="floor")
     rows = torch.zeros(out_features + 1, dtype=torch.int64, device=index.device)
     rows[1:] = torch.cumsum(torch.bincount(row, minlength=out_features), 0)
@@ -163,7 +160,7 @@ def _signed(key: int) -> int:
 
 
 def _mix64(z: int) -> int:
-    """The finaliser of splitmix64 (Steele, Lea, Flood 2014) after one step of its counter."""
+    """Finaliser of splitmix64 (Steele, Lea, Flood 2014) after one step of its counter."""
     z = (z + _GOLDEN) & _MASK64
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK64
@@ -191,10 +188,10 @@ def _round_keys(key):
 def _bijection(index, size, round_keys):
     """Keyed bijection of [0, size) at ``index`` (uint64 array); round_keys (ROUNDS, 1 or len(index)) uint32."""
     a = max(isqrt(size), SMALLEST_SIDE)
-    b = max(-(-size // a), SMALLEST_SIDE)  # beyond the smallest, a * b exceeds size by less than a
+    b = max(-(-size // a), SMALLEST_SIDE)  # above the minimum sides, a * b exceeds size by less than a
     value = _feistel(index, a, b, round_keys)
     outside = np.nonzero(value >= size)[0]
-    while outside.size:  # cycle walking: the few that fell outside go round again until they are inside
+    while outside.size:  # cycle walking: values outside are permuted again until they are inside
         walked = _feistel(value[outside], a, b, round_keys if round_keys.shape[1] == 1 else round_keys[:, outside])
         value[outside] = walked
         outside = outside[walked >= size]
@@ -217,7 +214,7 @@ def _add_mod(x, h, m):
 
 
 def _columns(rows, counts, in_features, column_key):
-    """Sorted columns of the given rows, one after another."""
+    """Sorted columns of the given rows, concatenated."""
     total = int(counts.sum())
     if not total:
         return np.empty(0, dtype=np.uint64)

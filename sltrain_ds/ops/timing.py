@@ -7,7 +7,7 @@ import torch
 
 
 def seconds(run: Callable[[], object], calls: int = 1, device: str | torch.device = "cpu") -> float:
-    """Of one call of `run`, over `calls` of them in a row; a GPU is synchronised before and after."""
+    """Mean seconds per call of `run` over `calls` consecutive calls; a GPU is synchronised before and after."""
     _wait(device)
     began = time.perf_counter()
     for _ in range(calls):

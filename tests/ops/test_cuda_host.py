@@ -259,7 +259,7 @@ def library_of(source: str, target: Path) -> None:
 FOREIGN = {
     "older": ('const char* sltrain_cuda_sources() { return "older"; }', "it was built from other sources"),
     "someone else's": ("int other() { return 0; }", "it does not say what it was built from"),
-    "cut off": (None, "it is no whole ELF file"),
+    "cut off": (None, "it is not a complete ELF file"),
 }
 
 
