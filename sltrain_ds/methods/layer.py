@@ -5,6 +5,8 @@ from typing import ClassVar
 import torch
 from torch import nn
 
+from sltrain_ds.errors import UserError
+
 
 class MethodLinear(nn.Module):
     """A layer that a method puts in place of an ``nn.Linear``.
@@ -23,7 +25,10 @@ class MethodLinear(nn.Module):
 
     def dense_weight(self) -> torch.Tensor:
         """Merged W (out, in), without gradient, in the parameters' dtype; built anew at every call."""
-        raise TypeError(f"{type(self).__name__} does not define dense_weight")
+        raise UserError(
+            f"{self.layer_name or 'a layer'}: {type(self).__name__} does not define dense_weight, so it has no W to "
+            "export; keep the checkpoints, or define it"
+        )
 
     def dense_sparse(self) -> torch.Tensor | None:
         """S alone as (out, in), without gradient, or None where the method has no sparse part."""

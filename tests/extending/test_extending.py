@@ -80,6 +80,12 @@ def test_bad_options_of_ones_own_method_are_one_line(tiny_config, method, line):
     assert str(error.value).startswith(line) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["my_method.py", "my_callback.py"])
+def test_the_recipe_in_the_docs_is_the_module_that_is_run(name):
+    _, code = (HERE / name).read_text(encoding="utf-8").split('"""\n', 1)
+    assert code.strip() in (HERE.parents[1] / "docs" / "extending.md").read_text(encoding="utf-8")
+
+
 def test_keys_of_ones_own_method_can_be_set(tiny_config):
     run = from_dict(tiny_config(sltrain__method=METHOD), ["sltrain.method.rank=3"])
     assert run.sltrain.method.rank == 3
