@@ -34,7 +34,9 @@ def main(argv=None) -> int:
         return 1
     except KeyboardInterrupt:
         if rank == 0:
-            print("sltrain-ds: stopped; --resume latest goes on from the last checkpoint", file=sys.stderr, flush=True)
+            print(
+                "sltrain-ds: stopped; --resume latest continues from the last checkpoint", file=sys.stderr, flush=True
+            )
         return 130
 
 
@@ -46,7 +48,7 @@ def _train(args) -> int:
     if run.sltrain.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
 
-    # imported here, so that a bad config is told before torch and DeepSpeed have loaded
+    # imported here, so that a bad config is reported before torch and DeepSpeed load
     import torch
 
     from sltrain_ds.checkpoint import save as checkpoint
@@ -79,8 +81,8 @@ def _train(args) -> int:
     if found:
         resume_callbacks(own, checkpoint.read_state(found))
     if rank == 0:
-        run.checkpoint_dir.mkdir(parents=True, exist_ok=True)  # what forbids it is told now, not after hours
-        _delete(in_the_way)  # only now: what config, ranks or checkpoint get wrong has been told, and cost nothing
+        run.checkpoint_dir.mkdir(parents=True, exist_ok=True)  # an error here comes at the start, not after hours
+        _delete(in_the_way)  # only now, after every check of config, ranks and checkpoint has passed
         write_json(run.run_dir / "config.json", run.to_json())
         print(_describe(run, engine.module, source.data), flush=True)
         if done[0] >= run.sltrain.steps:

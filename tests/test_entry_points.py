@@ -23,7 +23,7 @@ def test_single_node_needs_a_config():
 @pytest.mark.parametrize(
     ("error", "code", "line"),
     [
-        (KeyboardInterrupt(), 130, "sltrain-ds: stopped; --resume latest goes on from the last checkpoint\n"),
+        (KeyboardInterrupt(), 130, "sltrain-ds: stopped; --resume latest continues from the last checkpoint\n"),
         (OSError(28, "No space left on device"), 2, "sltrain-ds: error: rank 0: No space left on device\n"),
         (PermissionError(13, "Denied", "a/b"), 2, "sltrain-ds: error: rank 0: a/b: Denied\n"),
         (

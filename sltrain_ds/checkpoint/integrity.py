@@ -1,4 +1,4 @@
-"""A checkpoint's files on a disk that fills up, loses files or flips bits: told in one line, never trained on."""
+"""Checks of a checkpoint's files: a full disk, lost files and flipped bits are one-line errors."""
 
 import zipfile
 from collections.abc import Iterable, Iterator
@@ -33,7 +33,7 @@ def files_of_rank(folder: Path, zero_stage: int, rank: int) -> list[Path]:
 
 
 def files_with_weights(folder: Path) -> list[Path]:
-    """The files that the weights lie in: one at stages 0 to 2, at stage 3 those of every rank."""
+    """The files that hold the weights: one at stages 0 to 2, at stage 3 those of every rank."""
     whole = folder / "mp_rank_00_model_states.pt"
     return [whole] if whole.is_file() else sorted(folder.glob("*zero_pp_rank_*_states.pt"))
 

@@ -160,11 +160,11 @@ class _Whole:
 
 
 class _Partitioned:
-    """Stage 3: every rank holds an equal slice of every flattened parameter, what lies behind the end is padding.
+    """Stage 3: every rank holds an equal slice of every flattened parameter; the end is padded.
 
-    Trained parameters lie in the optimizer file as masters, sub-group by sub-group, one after another in the order of
-    `param_shapes`; frozen ones as fragments in the model file; there the module holds buffers, and of each
-    parameter the dtype alone. See `zero3_partitioned_param_info` and `_zero3_merge_*` in DeepSpeed 0.19.8,
+    The optimizer file holds trained parameters as masters, sub-group by sub-group, one after another in the order of
+    `param_shapes`; the model file holds frozen ones as fragments, the buffers, and the dtype
+    of each parameter. See `zero3_partitioned_param_info` and `_zero3_merge_*` in DeepSpeed 0.19.8,
     `utils/zero_to_fp32.py`.
     """
 
@@ -250,7 +250,7 @@ class _Partitioned:
         whole = torch.empty(shape.numel(), dtype=self.dtype(name))
         length = self._slice(shape)
         for begin, piece in zip(range(0, len(whole), length or 1), slices, strict=False):
-            end = min(begin + length, len(whole))  # what lies behind it is padding
+            end = min(begin + length, len(whole))  # the rest is padding
             if len(piece) < end - begin:
                 raise UserError(f"{self._folder}: damaged, the slices of {name} do not fill its shape {tuple(shape)}")
             whole[begin:end] = piece.detach()[: end - begin]

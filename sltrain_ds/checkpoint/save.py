@@ -123,7 +123,7 @@ def read_state(path: Path) -> dict:
 # what of a block may change from one start to the next; "dir", since data may move
 FREE = {"model": ("activation_checkpointing",), "method": ("lr_scale",), "precision": (), "data": ("dir",), "seed": (),
         "per_layer_update": ()}  # fmt: skip
-# where values lie in the partitions: key -> (stages, default) of DeepSpeed 0.19.8, which may read others as if they fit
+# the layout of the partitions: key -> (stages, default) of DeepSpeed 0.19.8, which may read others as if they fit
 LAYOUT = {"round_robin_gradients": ((1, 2), False), "parameter_alignment": ((1, 2), False),
           "sub_group_size": ((3,), 1_000_000_000)}  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Where a run's checkpoints lie: step_NNNNNNNN folders, complete once they hold sltrain.json. Imports no torch."""
+"""A run's checkpoint folders, step_NNNNNNNN: complete once they hold sltrain.json. Imports no torch."""
 
 import re
 from pathlib import Path

@@ -174,8 +174,8 @@ class SLTrainBlock(Block):
     )
     clipping: Literal["global", "per_layer", "lagged"] = Field(
         "global",
-        description="what gradient_clipping bounds; with per_layer_update each layer's norm (per_layer), or all by the "
-        "global norm as the layers so far foretell it (lagged)",
+        description="what gradient_clipping bounds: the global norm, each layer's norm (per_layer), or the global norm "
+        "extrapolated from the layers seen so far (lagged); the last two with per_layer_update",
     )
     op_mode: Annotated[Any, BeforeValidator(check_op_mode), WithJsonSchema(OP_MODE_SCHEMA)] = Field(
         "auto",

@@ -54,7 +54,7 @@ def _check_place(key, place):
     """It can be made and written there: the first of its parents that exists is a directory one may write."""
     found = next(path for path in (place, *place.absolute().parents) if os.path.lexists(path))
     if not found.is_dir():
-        under = "" if found == place else f", and {place} lies under it"
+        under = "" if found == place else f", and {place} is under it"
         raise UserError(f"{key}: {found} is a file, not a directory{under}; name another directory")
     if not os.access(found, os.W_OK | os.X_OK):
         raise UserError(f"{key}: {place} cannot be written, {found} is read-only here; name another directory")

@@ -31,7 +31,7 @@ _KEPT_DEFAULTS = {
     ),
     "checkpoint.use_node_local_storage": (
         (False,),
-        "spreads a checkpoint over the nodes, and sltrain.json lies with rank 0's part alone; remove it, and put "
+        "spreads a checkpoint over the nodes, and only rank 0's part has sltrain.json; remove it, and put "
         "sltrain.checkpoint.dir on a shared file system",
     ),
     "checkpoint.checkpoint_serialization": (

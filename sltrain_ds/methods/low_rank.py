@@ -1,4 +1,4 @@
-"""Low-rank training as the stack knows it: W = alpha / rank * B A. Imports no torch; its layer: low_rank_layer.py."""
+"""The settings of low-rank training, W = alpha / rank * B A, without torch; its layer is in low_rank_layer.py."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal

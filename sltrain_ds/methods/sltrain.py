@@ -1,4 +1,4 @@
-"""SLTrain as the stack knows it: W = alpha / rank * B A + S. Imports no torch; its layer: sltrain_layer.py."""
+"""The settings of SLTrain, W = alpha / rank * B A + S, without torch; its layer is in sltrain_layer.py."""
 
 import math
 from dataclasses import dataclass

@@ -169,7 +169,9 @@ class SLTrainLinear(MethodLinear):
         rows (out + 1) row pointers, columns (nnz,) sorted in each row, integers; UserError if they do not fit.
         """
         rows, columns = rows.to(torch.int32), columns.to(torch.int64)
-        if not columns.numel() or 0 <= int(columns.min()) <= int(columns.max()) < self.in_features:  # else check tells
+        if (
+            not columns.numel() or 0 <= int(columns.min()) <= int(columns.max()) < self.in_features
+        ):  # else check reports it
             columns = columns.to(support.column_dtype(self.in_features))
         problem = support.check(rows, columns, self.out_features, self.in_features)
         if not problem and columns.numel() != self.nnz:

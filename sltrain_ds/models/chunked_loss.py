@@ -47,7 +47,7 @@ def use_chunked_loss(model) -> None:
             if targets is None:
                 return linear(hidden)
             weight = self.weight
-            if not torch.is_grad_enabled():  # a Function is not told, and would form gradients that nobody asks for
+            if not torch.is_grad_enabled():  # a Function cannot see this, and would form gradients for nothing
                 hidden, weight = hidden.detach(), weight.detach()
             chunked = _FormedInForward if _at_once(hidden) else _ChunkedCrossEntropy
             return chunked.apply(hidden, weight, targets, inverse)
@@ -111,7 +111,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def _with_product(total, d_logits, hidden):
-    """total + d_logits^T hidden, in place; None stands for a total of nothing."""
+    """total + d_logits^T hidden, in place; None is an empty total."""
     return d_logits.t() @ hidden if total is None else total.addmm_(d_logits.t(), hidden)
 
 

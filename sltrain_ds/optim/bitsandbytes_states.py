@@ -18,7 +18,7 @@ def to_bitsandbytes(ours: BlockwiseAdam, theirs) -> None:
     """Copy the states of `ours` into `theirs`, a `bitsandbytes.optim.Adam(W)8bit` over the same parameters.
 
     Each gets the format that bitsandbytes would give it itself. Raises `UserError` for 4-bit states and for flat
-    partitions, whose blocks lie elsewhere in bitsandbytes'.
+    partitions, where bitsandbytes places its blocks differently.
     """
     theirs.check_overrides()
     for i, group in enumerate(theirs.param_groups):
@@ -68,6 +68,8 @@ def from_bitsandbytes(theirs, ours: BlockwiseAdam) -> None:
 def _check_whole(ours, p, state):
     segments = ours.segments_of(p)
     if len(segments) != 1 or (segments[0].start, segments[0].stop, segments[0].offset) != (0, p.numel(), 0):
-        raise UserError("states of a ZeRO partition do not convert to bitsandbytes', whose blocks lie elsewhere in it")
+        raise UserError(
+            "states of a ZeRO partition do not convert to bitsandbytes', which places its blocks differently"
+        )
     if ABSMAX[0] in state and ours.states != "8bit":
         raise UserError(f'states "{ours.states}" do not convert to bitsandbytes\'; only "8bit" ones do')

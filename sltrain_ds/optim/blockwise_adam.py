@@ -1,7 +1,7 @@
 """Adam and AdamW whose moments are 8- or 4-bit blocks, over whole parameters or over flat ZeRO partitions.
 
 What is stepped need not be a parameter: under ZeRO it is a flat tensor that holds pieces of several. Its *segments*
-say which: blocks, rounding noise and states follow the parameters, not the tensors they happen to lie in, so that no
+say which: blocks, rounding noise and states follow the parameters, not the tensors that hold them, so that no
 world size and no stage changes a code. One-dimensional parameters (the group named "norms") keep 32-bit states.
 """
 

@@ -60,7 +60,9 @@ def own_callbacks(run) -> list[Callback]:
     names = [name_of(callback) for callback in found]
     for i, name in enumerate(names):
         if name in names[:i]:
-            raise UserError(f"sltrain.callbacks[{i}]: {name} is there twice; its states could not be told apart")
+            raise UserError(
+                f"sltrain.callbacks[{i}]: {name} is listed twice; remove one (both have one key in a checkpoint)"
+            )
     return found
 
 

@@ -35,7 +35,7 @@ class StepResult:
 class Stepper:
     """Runs the steps of a `RunConfig` on its engine; `source.micro_batch(step, i, rank, world)` gives the batches.
 
-    `meter` (training/meter.py), where given, is told which part of the step runs.
+    `meter` (training/meter.py), if given, is told which part of the step runs.
     """
 
     def __init__(self, engine, run, source, meter=None):

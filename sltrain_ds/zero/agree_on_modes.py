@@ -21,8 +21,8 @@ def agree_on_modes(model, run: RunConfig, device) -> RunConfig:
     """Settle `sltrain.op_mode`: the run with {"OUTxIN": mode} where it says "auto", set in the model's layers.
 
     Rank 0's choice holds: from times that it measures, or has measured before, for the run's dtype and the tokens of a
-    micro-batch, within the memory left over (`sltrain.op_memory`); with `sltrain.deterministic` by a fixed rule. What
-    the config or a layer settles already stays. Evaluations go by the same modes, whatever their token counts; without
+    micro-batch, within the memory left over (`sltrain.op_memory`); with `sltrain.deterministic` by a fixed rule. Modes
+    that the config or a layer sets are kept. Evaluations use the same modes, whatever their token counts; without
     gradients `keep` holds nothing.
     """
     layers, asked = modes.layers(model), run.sltrain.op_mode

@@ -1,7 +1,7 @@
 """Flat partitions in which no optimizer block straddles two parameters or two ranks, for DeepSpeed 0.19's ZeRO 1 to 3.
 
-With them the 8- and 4-bit states of a parameter are the same bytes at every world size and stage. Of the places where
-DeepSpeed decides how values lie, the least is overridden:
+With them the 8- and 4-bit states of a parameter are the same bytes at every world size and stage. As few of
+DeepSpeed's layout decisions as possible are overridden:
 
 * Stages 1 and 2 already know padding behind each parameter (zero_optimization.parameter_alignment, 16 bytes; every
   offset, slice mapping and checkpoint goes through it) and at a group's end. Only its sizes change: to 256 values,
@@ -39,7 +39,7 @@ class Aligned:
             self.optimizer.segments[partition] = self.segments(i, first, first + partition.numel())
 
     def segments(self, group: int, start: int, stop: int) -> list[Segment]:
-        """What lies in start..stop of a group's flat buffer, both multiples of 256, counted from start."""
+        """The segments in start..stop of a group's flat buffer, both multiples of 256, counted from start."""
         found = []
         pieces = zip(
             self.round_robin_bit16_groups[group], self.round_robin_bit16_meta[group],
@@ -53,7 +53,7 @@ class Aligned:
         return found
 
     def flatten_dense_tensors_aligned(self, tensor_list, alignment, use_cpu_data=False, param_padding=None):
-        if param_padding is not None:  # construction of a group: these two lists are the ones the class goes by
+        if param_padding is not None:  # construction: the class reads these two lists
             offsets, end = self.round_robin_bit16_offsets[-1], 0
             for i, meta in enumerate(self.round_robin_bit16_meta[-1]):
                 offsets[i] = end
@@ -122,7 +122,7 @@ class AlignedStage3:
             self.optimizer.segments[partition] = self.segments(group)
 
     def segments(self, params) -> list[Segment]:
-        """What lies in this rank's partitions of these parameters, one behind the other."""
+        """The segments of this rank's partitions of these parameters, in order."""
         found, place = [], 0
         for param in params:
             name, length = self.optimizer.names[param], param.partition_numel()

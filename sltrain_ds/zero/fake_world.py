@@ -30,5 +30,5 @@ def join(rank: int, world: int) -> None:
 
 
 def is_fake() -> bool:
-    """Whether this process plays its rank alone, so that no other tells it anything."""
+    """Whether this process plays its rank alone and receives nothing from other ranks."""
     return torch.distributed.is_initialized() and torch.distributed.get_backend() == "fake"

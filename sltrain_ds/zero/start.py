@@ -19,8 +19,8 @@ SHARED_MEMORY = Path("/dev/shm")
 def start() -> None:
     """`deepspeed.init_distributed()` (once), after the ops are built and the locks of killed builds are gone.
 
-    DeepSpeed's first start on a CPU compiles `deepspeed_shm_comm`, and fails where there is no compiler although it
-    can do without (deepspeed/comm/torch.py:47, 0.19.8): told that the op does not fit, it does.
+    DeepSpeed's first start on a CPU compiles `deepspeed_shm_comm`, which is optional, and fails where there is no
+    compiler (deepspeed/comm/torch.py:47, 0.19.8). So the op is marked as incompatible there.
     """
     if deepspeed.comm.is_initialized():
         return

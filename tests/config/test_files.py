@@ -100,7 +100,7 @@ def test_places_that_are_files(tiny_config, tmp_path, key, below):
     from_dict(config)  # without looking
     with pytest.raises(UserError, match=rf"sltrain\.{key}: {tmp_path}/file is a file, not a directory") as caught:
         from_dict(config, check_files=True)
-    assert ("lies under it" in str(caught.value)) == bool(below)
+    assert ("is under it" in str(caught.value)) == bool(below)
 
 
 @pytest.mark.parametrize("key", ["run_dir", "checkpoint.dir"])

@@ -13,8 +13,8 @@ class UnitClipping:
 
     mode    "global": none (a bound is refused beside the per-layer update)
             "per_layer": each unit's gradient is clipped by its own norm, over all ranks
-            "lagged": by the global norm as it is foretold from the units so far: they are taken to have the share of
-            it that they had in the step before (in the first step, which has none before, the whole)
+            "lagged": uses the global norm extrapolated from the units seen so far, in last step's proportions (in
+            the first step the units seen so far count as the whole)
     bound   on the norm; 0.0: no clipping
 
     Norms are of averaged gradients before clipping. `last_sums` belongs in the checkpoint: the squared norm of the
@@ -28,7 +28,7 @@ class UnitClipping:
         self._sums: list[torch.Tensor] = []
 
     def start_step(self, last_sums: list[float]) -> None:
-        """After a checkpoint: what the step before has left, and nothing of a step that was not finished."""
+        """Restore the sums of a checkpoint's step; drop those of a step that was not finished."""
         self.last_sums = last_sums
         self._squares.clear()
         self._sums.clear()

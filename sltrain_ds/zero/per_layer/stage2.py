@@ -1,4 +1,4 @@
-"""The per-layer update under ZeRO-2; how it goes is told in zero/per_layer/update.py.
+"""The per-layer update under ZeRO-2; zero/per_layer/update.py describes it.
 
 `step()` is left with gathering the updated weights. With weights that need no masters (fp32, bf16 without masters) the
 masters are the partitions of the weights themselves. Follows runtime/zero/stage_1_and_2.py of DeepSpeed 0.19.8.
@@ -15,7 +15,7 @@ from sltrain_ds.zero.per_layer.update import LAST_SUMS, UnitUpdate
 
 
 class PerLayerZero2(UnitUpdate, DeepSpeedZeroOptimizer):
-    """`DeepSpeedZeroOptimizer` with the per-layer update; `clipping` as `UnitClipping` knows it."""
+    """`DeepSpeedZeroOptimizer` with the per-layer update; `clipping` is a mode of `UnitClipping`."""
 
     def __init__(self, *args, clipping: str = "global", **kwargs):
         with _NoMasterCopies(self):
@@ -46,7 +46,7 @@ class PerLayerZero2(UnitUpdate, DeepSpeedZeroOptimizer):
                 yield parameter, low - begin, low - first, high - low
 
     def place(self, lane: Tensor, i: int, parameter, gradient: Tensor) -> None:
-        """Write a gradient (n,) or () to where the parameter lies in the flat weights."""
+        """Write a gradient (n,) or () at the parameter's offset in the flat weights."""
         begin = self._offset[i][parameter]
         lane[begin : begin + parameter.numel()].copy_(gradient)
 

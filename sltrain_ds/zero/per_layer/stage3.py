@@ -1,4 +1,4 @@
-"""The per-layer update under ZeRO-3; how it goes is told in zero/per_layer/update.py.
+"""The per-layer update under ZeRO-3; zero/per_layer/update.py describes it.
 
 Stock ZeRO-3 holds a gradient of every partition from construction on, 1/N of the weights, and a bucket; neither is made
 here. Its masters alias bf16 partitions only under autocast, since it compares a device with a string; here they do
@@ -16,7 +16,7 @@ from sltrain_ds.zero.swapped import swapped
 
 
 class PerLayerZero3(UnitUpdate, DeepSpeedZeroOptimizer_Stage3):
-    """`DeepSpeedZeroOptimizer_Stage3` with the per-layer update; `clipping` as `UnitClipping` knows it.
+    """`DeepSpeedZeroOptimizer_Stage3` with the per-layer update; `clipping` is a mode of `UnitClipping`.
 
     A group here is one of DeepSpeed's sub-groups, of which a parameter group has one unless sub_group_size cuts it.
     """

@@ -47,6 +47,6 @@ def _units(model) -> dict[nn.Parameter, str]:
 
 
 def adopt(optimizer, piece, parameter, offset: int) -> None:
-    """Tell the inner optimizer that `piece` (n,) stands for elements `offset`.. of `parameter`."""
+    """Register `piece` (n,) with the inner optimizer as elements `offset`.. of `parameter`."""
     if isinstance(optimizer, BlockwiseAdam):
         optimizer.segments[piece] = [Segment(parameter_key(optimizer.names[parameter]), 0, piece.numel(), offset)]

@@ -6,11 +6,11 @@ the block below begins. Gradients of the whole model never exist at once. Where 
 
 * One rank: in `.grad` and nowhere else. The optimizer's parameters are views of the masters, one for each model
   parameter, so `.grad` itself is stepped.
-* Several ranks: copied into a bucket of the unit's size, which lies as the partitions do: one reduce-scatter for each
+* Several ranks: copied into a bucket of the unit's size, with the layout of the partitions: one reduce-scatter for each
   group, in place. A parameter alone in its group (embedding, head) needs no bucket: its `.grad` is reduced in place.
 * Gradient accumulation: several ranks add what they own of each micro-batch into a shard, 1/N of the gradients, which
   lives until the step; one rank lets autograd add in `.grad`. Without accumulation there is neither. What counts is
-  whether a step ends with this backward pass, not how many the config says: the engine may be told otherwise.
+  whether a step ends with this backward pass, not the config's number: the engine's may be changed.
 """
 
 from collections import deque
@@ -56,11 +56,11 @@ class UnitUpdate:
     """A mixin for DeepSpeed's ZeRO optimizers, whose groups were split by `split_by_unit`.
 
     The class it is mixed into says what there is: `groups`, `partitions`, `owned`, `group_of(i)` (a group's index among
-    the inner optimizer's), `cut(i)` (what this rank owns of a group) and `place` (where a gradient lies in a bucket).
+    the inner optimizer's), `cut(i)` (what this rank owns of a group) and `place` (writes a gradient into a bucket).
     It calls `start_units` at the end of its construction, `arrived` when a gradient has and `step_units` in `step()`.
     Put this before DeepSpeed's class.
 
-    A gradient that is not finite has been stepped by when the norm is known: no step can be skipped here.
+    No step can be skipped: when the norm is known, a gradient that is not finite has been applied.
     """
 
     groups: list[list[Parameter]]
