@@ -51,7 +51,7 @@ def _train(args) -> int:
     # imported here, so that a bad config is reported before torch and DeepSpeed load
     import torch
 
-    from sltrain_ds.checkpoint import save as checkpoint
+    from sltrain_ds.checkpoint import resume as checkpoint
     from sltrain_ds.data.dataset import BatchSource, evaluation_batches, open_data
     from sltrain_ds.files import write_json
     from sltrain_ds.logs import quiet
@@ -145,7 +145,7 @@ def _left_by_an_earlier_run(run, args) -> list[Path]:
 
     keep = 0
     if args.resume:
-        from sltrain_ds.checkpoint import save as checkpoint
+        from sltrain_ds.checkpoint import resume as checkpoint
 
         keep = checkpoint.read_state(checkpoint.find(args.resume, run))["step"]
     later = [path for step, path in step_folders(run.checkpoint_dir).items() if step > keep]

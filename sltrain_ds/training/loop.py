@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from sltrain_ds.checkpoint import save as checkpoint
+from sltrain_ds.checkpoint.save import save
 from sltrain_ds.training.callbacks import Callback, name_of
 from sltrain_ds.training.evaluate import Evaluation, evaluate
 from sltrain_ds.training.meter import Meter
@@ -125,7 +125,7 @@ class Training:
         for callback in self.callbacks:
             callback.saving(self, self.step)
         states = {name_of(callback): callback.state_dict() for callback in self.own}
-        checkpoint.save(self.engine, self.run, self.step, self.tokens, states)
+        save(self.engine, self.run, self.step, self.tokens, states)
 
 
 class _Queued:

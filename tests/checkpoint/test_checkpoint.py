@@ -5,7 +5,8 @@ import shutil
 
 import pytest
 
-from sltrain_ds.checkpoint import save as checkpoint
+from sltrain_ds.checkpoint import resume as checkpoint
+from sltrain_ds.checkpoint.save import save
 from sltrain_ds.checkpoint.step_folders import STATE_FILE, complete_checkpoints
 from sltrain_ds.config import from_dict
 from sltrain_ds.errors import UserError
@@ -28,7 +29,7 @@ def engine_of(tiny_config):
 def test_the_bound_on_gradients_is_the_configs(engine_of, stage):
     """A run that stopped for its gradients is told to set one and to resume."""
     run, engine = engine_of(zero_optimization__stage=stage, gradient_clipping=0.0)
-    saved = checkpoint.save(engine, run, 1, 0)
+    saved = save(engine, run, 1, 0)
     engine.destroy()
     run, engine = engine_of(zero_optimization__stage=stage, gradient_clipping=0.5)
     checkpoint.resume(engine, run, saved)
@@ -47,7 +48,7 @@ def test_the_bound_on_gradients_is_the_configs(engine_of, stage):
 def test_another_layout_of_the_partitions_is_refused(engine_of, tiny_config, stage, key, default, other):
     """On two ranks round_robin_gradients was read without a word, and each weight took the values of others."""
     run, engine = engine_of(zero_optimization__stage=stage)
-    saved = str(checkpoint.save(engine, run, 1, 0))
+    saved = str(save(engine, run, 1, 0))
     engine.destroy()
 
     def asked(value):
@@ -65,7 +66,7 @@ def test_a_full_disk_is_said_in_one_line(engine_of):
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # a write fails in the middle of a file
     try:
         with pytest.raises(UserError, match=r"step_00000002: the checkpoint could not be written, .*; make room"):
-            checkpoint.save(engine, run, 2, 0)
+            save(engine, run, 2, 0)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     with pytest.raises(UserError, match="no complete checkpoint"):
@@ -75,7 +76,7 @@ def test_a_full_disk_is_said_in_one_line(engine_of):
 
 def test_a_damaged_or_missing_file_is_not_resumed_from(engine_of):
     run, engine = engine_of()
-    saved = checkpoint.save(engine, run, 1, 0)
+    saved = save(engine, run, 1, 0)
     for name in ("zero_pp_rank_0_mp_rank_00_optim_states.pt", "mp_rank_00_model_states.pt"):
         content = (saved / name).read_bytes()
         middle = len(content) // 2
@@ -92,14 +93,14 @@ def test_a_damaged_or_missing_file_is_not_resumed_from(engine_of):
 
 def test_a_checkpoint_that_is_being_dropped_counts_as_incomplete(engine_of, monkeypatch):
     run, engine = engine_of(sltrain__checkpoint__keep=1)
-    old = checkpoint.save(engine, run, 1, 0)
+    old = save(engine, run, 1, 0)
 
     def stopped(path):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(shutil, "rmtree", stopped)
     with pytest.raises(KeyboardInterrupt):
-        checkpoint.save(engine, run, 2, 0)
+        save(engine, run, 2, 0)
     assert (old / "mp_rank_00_model_states.pt").is_file() and not (old / STATE_FILE).exists()
     assert [path.name for path in complete_checkpoints(old.parent)] == ["step_00000002"]
     engine.destroy()

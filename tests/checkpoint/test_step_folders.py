@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from sltrain_ds import train
-from sltrain_ds.checkpoint import save as checkpoint
+from sltrain_ds.checkpoint import resume as checkpoint
 from sltrain_ds.checkpoint.step_folders import STATE_FILE, complete_checkpoints, step_folders
 from sltrain_ds.config import from_dict
 from sltrain_ds.errors import UserError

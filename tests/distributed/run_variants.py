@@ -11,7 +11,8 @@ from pathlib import Path
 
 import deepspeed
 
-from sltrain_ds.checkpoint import save as checkpoint
+from sltrain_ds.checkpoint import resume as checkpoint
+from sltrain_ds.checkpoint.save import save
 from sltrain_ds.config import from_dict
 from sltrain_ds.data.dataset import BatchSource
 from sltrain_ds.logs import quiet
@@ -35,7 +36,7 @@ def losses(run, save_at=None, resume_from=None) -> list[float]:
         found.append(result.loss)
         assert result.grad_norm > 0
         if step + 1 == save_at:
-            checkpoint.save(engine, run, step + 1, 0)
+            save(engine, run, step + 1, 0)
     engine.destroy()
     return found
 

@@ -57,7 +57,7 @@ def training(monkeypatch, tmp_path):
 
     monkeypatch.setattr(loop, "Stepper", Stepper)
     monkeypatch.setattr(loop, "evaluate", lambda *_: Evaluation(1.0, 2))
-    monkeypatch.setattr(loop.checkpoint, "save", lambda *arguments: saved.append(arguments[2:]))
+    monkeypatch.setattr(loop, "save", lambda *arguments: saved.append(arguments[2:]))
     every = SimpleNamespace(every=2, keep=1)
 
     def make(steps, own=(), start=0, source=None):

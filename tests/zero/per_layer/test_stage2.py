@@ -4,8 +4,9 @@ import deepspeed
 import pytest
 import torch
 
-from sltrain_ds.checkpoint import save as checkpoint
+from sltrain_ds.checkpoint import resume as checkpoint
 from sltrain_ds.checkpoint.reader import open_checkpoint
+from sltrain_ds.checkpoint.save import save
 from sltrain_ds.config import from_dict
 from sltrain_ds.errors import UserError
 from sltrain_ds.models import build as models
@@ -100,7 +101,7 @@ def test_resume_is_exact(per_layer, tmp_path, stage, clipping):
     settings |= {"bf16": {"enabled": True}, "sltrain__precision": {"states": "8bit"}}
     run, engine = engine_of(per_layer(**settings), stage)
     train(engine, run, range(3))
-    saved = checkpoint.save(engine, run, 3, 0)
+    saved = save(engine, run, 3, 0)
     names, read = dict(engine.module.named_parameters()), open_checkpoint(saved)  # what export reads
     for name, weight in zip(names, whole(engine), strict=True):
         assert torch.equal(read.tensor(name), weight), name
