@@ -21,7 +21,3 @@ class GradNorm:
         """The norm, () on the device or a number, without waiting for the device."""
         norm = self._value if self._own else self.engine.get_global_grad_norm()
         return norm.detach().clone() if torch.is_tensor(norm) else norm
-
-    def value(self) -> float:
-        """The norm as a number; waits for the device."""
-        return float(self.of_last_step())
